@@ -1,0 +1,122 @@
+"""Which parameters are being trained, and in what order they stand in a flat vector."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tiltmeter.errors import SpaceMismatch
+
+#: Width of the pieces that `dot` adds up in float64. A float32 dot product over 1e8 entries loses 1 to 3 % on a CPU.
+PIECE = 2**16
+
+
+@dataclass(frozen=True)
+class ParameterSpace:
+    """An ordered set of named tensors seen as one vector of length n.
+
+    Attributes:
+        names: parameter names, in the order of the flat vector.
+        shapes: their shapes.
+    """
+
+    names: tuple[str, ...]
+    shapes: tuple[tuple[int, ...], ...]
+    _ends: tuple[int, ...] = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if len(self.names) != len(self.shapes):
+            raise SpaceMismatch(f"{len(self.names)} parameter names but {len(self.shapes)} shapes")
+        if len(set(self.names)) != len(self.names):
+            raise SpaceMismatch("parameter names must differ; one is there twice")
+        ends, total = [], 0
+        for shape in self.shapes:
+            total += math.prod(shape)
+            ends.append(total)
+        object.__setattr__(self, "_ends", tuple(ends))
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor]) -> ParameterSpace:
+        """The space spanned by named tensors, in their order."""
+        return cls(tuple(tensors), tuple(tuple(t.shape) for t in tensors.values()))
+
+    @property
+    def size(self) -> int:
+        """Number n of parameters."""
+        return self._ends[-1] if self._ends else 0
+
+    @property
+    def digest(self) -> str:
+        """Sixteen hex digits that two spaces share exactly when names, shapes and order agree."""
+        return hashlib.sha256(repr((self.names, self.shapes)).encode()).hexdigest()[:16]
+
+    def slices(self) -> Iterator[tuple[str, slice, tuple[int, ...]]]:
+        """Name, slice of the flat vector and shape of every tensor."""
+        start = 0
+        for name, shape, end in zip(self.names, self.shapes, self._ends, strict=True):
+            yield name, slice(start, end), shape
+            start = end
+
+    def flatten(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """Copy named tensors into one vector [n].
+
+        Raises:
+            SpaceMismatch: a tensor is missing or has another shape.
+        """
+        for name, shape in zip(self.names, self.shapes, strict=True):
+            if name not in tensors or tuple(tensors[name].shape) != shape:
+                came = tuple(tensors[name].shape) if name in tensors else "nothing"
+                raise SpaceMismatch(f"parameter {name!r}: expected shape {shape}, got {came}")
+        return torch.cat([tensors[name].reshape(-1) for name in self.names])
+
+    def split(self, vector: Tensor) -> dict[str, Tensor]:
+        """Views of a vector [n] as named tensors; no copy.
+
+        Raises:
+            SpaceMismatch: the vector has another length.
+        """
+        self.check(vector)
+        return {name: vector[part].view(shape) for name, part, shape in self.slices()}
+
+    def check(self, vector: Tensor) -> Tensor:
+        """Return `vector` if it has shape [n].
+
+        Raises:
+            SpaceMismatch: it has not.
+        """
+        if vector.shape != (self.size,):
+            raise SpaceMismatch(f"expected a vector of {self.size} parameters, got shape {tuple(vector.shape)}")
+        return vector
+
+    def require_same(self, other: ParameterSpace) -> None:
+        """Check that two spaces are one.
+
+        Raises:
+            SpaceMismatch: names, shapes or order differ.
+        """
+        if self.names != other.names or self.shapes != other.shapes:
+            raise SpaceMismatch(
+                f"built on different parameters: {self.size} values (digest {self.digest}) against "
+                f"{other.size} values (digest {other.digest}); measure both with the same model and the same adapter"
+            )
+
+
+def dot(a: Tensor, b: Tensor) -> float:
+    """Inner product of two vectors [n], added up in float64 piece by piece.
+
+    Cost: one read of both; no copy in float64.
+    Error: below 1e-6 relative to ||a|| ||b|| in float32 at any n.
+    """
+    n = a.numel() // PIECE * PIECE
+    total = (a[:n].view(-1, PIECE) * b[:n].view(-1, PIECE)).sum(1).double().sum()
+    return float(total + (a[n:].double() * b[n:].double()).sum())
+
+
+def norm(a: Tensor) -> float:
+    """Euclidean norm of a vector [n], added up like `dot`."""
+    return math.sqrt(dot(a, a))
