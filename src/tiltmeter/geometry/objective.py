@@ -7,7 +7,7 @@ are interchangeable, and the formulas can be proved without a language model.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -29,7 +29,7 @@ def jvp(function: Callable[[Tensor], Tensor], at: Tensor, along: Tensor) -> tupl
 class Objective(Protocol):
     """Losses of m examples near an anchor, and the products of their derivatives.
 
-    G [m, n] is the Jacobian of the losses, H [n, n] the Hessian of their *mean*; both at anchor + displacement, where a
+    G [m, n] is the Jacobian of the losses, H [n, n] the Hessian of their mean; both at anchor + displacement, where a
     displacement of None means the anchor itself.
     """
 
@@ -60,8 +60,8 @@ class Objective(Protocol):
         """G' w, shape [n], for weights w [m]; by default the mean gradient. Cost: one forward and backward."""
         ...
 
-    def hvp(self, v: Tensor, displacement: Tensor | None = None) -> Tensor:
-        """H v, shape [n]. Cost: one Hessian-vector product."""
+    def hvp(self, v: Tensor, weights: Tensor | None = None, displacement: Tensor | None = None) -> Tensor:
+        """H v, shape [n], with H the Hessian of the weighted losses; of their mean by default. Cost: one HVP."""
         ...
 
 
@@ -72,8 +72,8 @@ class SoftmaxObjective(Objective, Protocol):
     matrix F. Derivatives of log p(y) along a path need no Hessian and no sampling.
     """
 
-    def fisher_form(self, directions: Tensor) -> Tensor:
-        """v_i' F_e v_j for every example e, shape [m, k, k], for directions [k, n]. Cost: k JVPs."""
+    def fisher_form(self, directions: Sequence[Tensor]) -> Tensor:
+        """v_i' F_e v_j for every example e, shape [m, k, k], for k directions [n]. Cost: k JVPs."""
         ...
 
     def path_form(self, velocity: Tensor, acceleration: Tensor) -> Tensor:
@@ -134,9 +134,14 @@ class FunctionObjective:
         gradient: Tensor = pullback(w)[0]
         return gradient.detach()
 
-    def hvp(self, v: Tensor, displacement: Tensor | None = None) -> Tensor:
+    def hvp(self, v: Tensor, weights: Tensor | None = None, displacement: Tensor | None = None) -> Tensor:
         """H v [n], forward over reverse."""
-        mean_gradient = grad(lambda theta: self.function(theta).mean())
+
+        def weighted(theta: Tensor) -> Tensor:
+            value = self.function(theta)
+            return value.mean() if weights is None else (weights.to(value) * value).sum()
+
+        mean_gradient = grad(weighted)
         return jvp(mean_gradient, self._at(displacement), self.space.check(v))[1].detach()
 
 
@@ -190,11 +195,11 @@ class SoftmaxFunction:
         """Gradient of the weighted KL [n]."""
         return self._kl.gradient(weights, displacement)
 
-    def hvp(self, v: Tensor, displacement: Tensor | None = None) -> Tensor:
+    def hvp(self, v: Tensor, weights: Tensor | None = None, displacement: Tensor | None = None) -> Tensor:
         """Hessian of the mean KL times v [n]: F v at the anchor."""
-        return self._kl.hvp(v, displacement)
+        return self._kl.hvp(v, weights, displacement)
 
-    def fisher_form(self, directions: Tensor) -> Tensor:
+    def fisher_form(self, directions: Sequence[Tensor]) -> Tensor:
         """v_i' F_e v_j [m, k, k]."""
         slopes = torch.stack([jvp(self.log_probability, self.anchor, v)[1] for v in directions])
         return covariance_over_outcomes(slopes, self.log_probability(self.anchor))
@@ -290,7 +295,7 @@ class Counted:
         self.passes.add("forward_backward", self.work)
         return self.inner.gradient(weights, displacement)
 
-    def hvp(self, v: Tensor, displacement: Tensor | None = None) -> Tensor:
+    def hvp(self, v: Tensor, weights: Tensor | None = None, displacement: Tensor | None = None) -> Tensor:
         """Counted as one Hessian-vector product."""
         self.passes.add("hvp", self.work)
-        return self.inner.hvp(v, displacement)
+        return self.inner.hvp(v, weights, displacement)

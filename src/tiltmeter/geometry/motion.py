@@ -1,0 +1,191 @@
+"""How a fine-tune starts to move, and how fast that motion turns into the safety directions.
+
+Gradient flow theta' = -g has theta'' = H g, so
+
+    theta(t) - anchor = -t g + t^2/2 H g + O(t^3)
+
+and the safety KL along it starts as u(t) = 1/2 (t^2 e0^2 + t^3 c + t^4 Gamma^2 / 4): half the variance over answers of
+the first two path derivatives of log p. Squares of noisy means are too large by the noise, so every square here is a
+product of different mini-batches. (The KL's own cubic term, t^3/6 E[phi_1^3], is left out: it is small where the
+overlap is, and where it is not the forecast goes through the network.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tiltmeter.errors import DegenerateError, NumericalError
+from tiltmeter.geometry.krylov import Krylov, lanczos
+from tiltmeter.geometry.objective import Objective, SoftmaxObjective
+from tiltmeter.geometry.space import norm
+
+
+@dataclass(frozen=True)
+class Slope:
+    """Mini-batch gradients of a fine-tuning loss at one point.
+
+    Attributes:
+        mean: [n], the mean over batches, each clipped as the recipe clips.
+        spread: [n], standard deviation over batches (of one batch, not of their mean); zero for a single batch.
+        groups: mean gradients of a few disjoint groups of batches, each [n]; their scatter is the sampling error.
+        group_weights: weights [J, m] of the examples in each group.
+        norms: [B], norm of every batch gradient before clipping.
+    """
+
+    mean: Tensor
+    spread: Tensor
+    groups: tuple[Tensor, ...]
+    group_weights: Tensor
+    norms: Tensor
+
+
+def measure_slope(
+    objective: Objective,
+    batches: Tensor,
+    *,
+    clip: float | None = None,
+    displacement: Tensor | None = None,
+    groups: int = 4,
+) -> Slope:
+    """Gradient of every mini-batch, kept as mean, spread and a few group means.
+
+    Args:
+        objective: the fine-tuning loss over m examples.
+        batches: [B, m], the weights with which a batch's loss is made of the examples' losses; rows with zeros for
+            examples outside the batch.
+        clip: largest gradient norm, as in the recipe; None for no clipping.
+        displacement: where, relative to the anchor.
+        groups: how many disjoint groups of batches to keep apart (fewer when there are fewer batches).
+
+    Raises:
+        NumericalError: a gradient is not finite.
+
+    Cost: one forward+backward over all examples; memory 3 + groups vectors (groups in bfloat16 when n is large).
+    """
+    count = batches.shape[0]
+    sizes = torch.tensor_split(torch.arange(count), min(groups, count))
+    mean = square = None
+    kept, weights, norms = [], [], []
+    for members in sizes:
+        total = None
+        for index in members.tolist():
+            gradient = objective.gradient(batches[index], displacement)
+            size = norm(gradient)
+            if not size < float("inf"):
+                raise NumericalError(
+                    f"the gradient of tuning batch {index} is not finite; check the data and the dtype"
+                )
+            norms.append(size)
+            if clip is not None and size > clip:
+                gradient = gradient * (clip / size)
+            total = gradient.clone() if total is None else total.add_(gradient)
+            square = gradient.square() if square is None else square.addcmul_(gradient, gradient)
+        assert total is not None
+        mean = total.clone() if mean is None else mean.add_(total)
+        kept.append(total.div_(len(members)).to(torch.bfloat16 if total.numel() > 2**25 else total.dtype))
+        weights.append(batches[members].mean(0))
+    if mean is None or square is None:
+        raise DegenerateError("expected at least one tuning batch, got none")
+    mean.div_(count)
+    spread = square.div_(count).addcmul_(mean, mean, value=-1).clamp_min_(0).sqrt_()
+    if count == 1:
+        spread.zero_()
+    return Slope(mean, spread, tuple(kept), torch.stack(weights), torch.tensor(norms, dtype=torch.float64))
+
+
+@dataclass(frozen=True)
+class Acceleration:
+    """H g, with the Hessian and the gradient taken from different halves of the data.
+
+    Attributes:
+        value: [n], mean of the two cross products H_1 g_2 and H_2 g_1.
+        half_difference: [n], half their difference: its scatter is the sampling error.
+    """
+
+    value: Tensor
+    half_difference: Tensor
+
+
+def measure_acceleration(objective: Objective, slope: Slope) -> Acceleration:
+    """H g by cross products of two halves of the data, free of the bias that one batch has with itself.
+
+    Raises:
+        DegenerateError: the slope has a single group, so there are no two halves.
+
+    Cost: two HVPs over half of the data each.
+    """
+    if len(slope.groups) < 2:
+        raise DegenerateError("expected at least two tuning batches to tell curvature from noise, got one")
+    middle = (len(slope.groups) + 1) // 2
+    halves = (slope.groups[:middle], slope.groups[middle:])
+    weights = (slope.group_weights[:middle].mean(0), slope.group_weights[middle:].mean(0))
+    gradients = [torch.stack([g.to(slope.mean) for g in half]).mean(0) for half in halves]
+    first = objective.hvp(gradients[1], weights[0])
+    second = objective.hvp(gradients[0], weights[1])
+    return Acceleration((first + second) / 2, (first - second) / 2)
+
+
+def measure_krylov(objective: Objective, slope: Slope, k: int) -> Krylov:
+    """Krylov space of the Hessian from the mean gradient. Cost: k HVPs."""
+    return lanczos(objective.hvp, slope.mean, k)
+
+
+@dataclass(frozen=True)
+class Coupling:
+    """Per safety prompt, how the fine-tune's first motion moves its answer; all [m], nats per flow time to a power.
+
+    Attributes:
+        overlap: e0^2 = g' F g, nats per flow time squared, free of noise bias (it can come out below zero).
+        overlap_groups: [m, J, J], g_i' F g_j for the groups of batches.
+        cross: coefficient of t^3 in 2 u(t).
+        coupling: gamma^2 = (H g)' F (H g), free of noise bias.
+        full: Gamma^2, the variance of the second path derivative; equal to gamma^2 where log p is flat.
+    """
+
+    overlap: Tensor
+    overlap_groups: Tensor
+    cross: Tensor
+    coupling: Tensor
+    full: Tensor
+
+    def polynomial(self, flow_time: Tensor) -> Tensor:
+        """u(t) = 1/2 (e0^2 t^2 + cross t^3 + Gamma^2 t^4 / 4) for flow times [s]: [s, m], nats."""
+        t = flow_time[:, None].double()
+        return (self.overlap * t**2 + self.cross * t**3 + self.full * t**4 / 4) / 2
+
+
+def between_groups(forms: Tensor) -> Tensor:
+    """Mean of v_i' F v_j over i != j, [m], from forms [m, J, J]: the square of the mean without the noise's own square.
+
+    With a single group there is nothing to compare, and the plain square is returned.
+    """
+    j = forms.shape[-1]
+    if j == 1:
+        return forms[:, 0, 0]
+    diagonal = torch.diagonal(forms, dim1=-2, dim2=-1).sum(-1)
+    return (forms.sum((-2, -1)) - diagonal) / (j * (j - 1))
+
+
+def measure_coupling(safety: SoftmaxObjective, slope: Slope, acceleration: Acceleration) -> Coupling:
+    """Measure initial overlap and curvature coupling with the exact softmax; no subspace is needed.
+
+    Args:
+        safety: KL of the aligned model's answers.
+        slope: gradients of the fine-tuning loss at the same anchor.
+        acceleration: its H g.
+
+    Cost: J + 2 JVPs and one second-order directional pass over the safety set.
+    Error: exact for these prompts and batches, up to float32 rounding.
+    Source: Springer et al. 2026, arXiv:2602.15799, definition 5.1; the constant Gamma is derived in docs/theory.md.
+    """
+    groups = [group.to(slope.mean) for group in slope.groups]
+    forms = safety.fisher_form(groups)
+    turn = safety.fisher_form([acceleration.value, acceleration.half_difference])
+    path = safety.path_form(-slope.mean, acceleration.value)
+    gamma = turn[:, 0, 0] - turn[:, 1, 1]
+    # log p's own curvature rides on the mean gradient, whose noise it squares too; only the H g part is corrected.
+    full = path[:, 1, 1] - turn[:, 1, 1]
+    return Coupling(between_groups(forms), forms, path[:, 0, 1], gamma, full)
