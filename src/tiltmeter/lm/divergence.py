@@ -1,0 +1,158 @@
+"""Safety KL with the exact softmax, and the derivatives of a model's log-probabilities along directions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+from torch.func import jvp
+
+from tiltmeter.geometry.objective import covariance_over_outcomes
+from tiltmeter.geometry.space import ParameterSpace
+from tiltmeter.lm.conversation import Batch, Example, batches
+from tiltmeter.lm.forward import Forward, divergence, per_sequence
+from tiltmeter.lm.model import second_order
+from tiltmeter.lm.objective import LanguageObjective, finite
+from tiltmeter.lm.template import UNSUPERVISED
+
+#: Logits at supervised positions, [P, vocabulary], as a function of the named parameters.
+Logits = Callable[[dict[str, Tensor]], Tensor]
+
+
+@dataclass(frozen=True)
+class DivergenceObjective:
+    """Safety KL(anchor || model) of m responses with the exact softmax at every response token; a `SoftmaxObjective`.
+
+    Attributes:
+        inner: losses and products of the KL.
+        log_probability: the anchor's, [P, vocabulary] per micro-batch; memory 4 P vocabulary bytes.
+    """
+
+    inner: LanguageObjective
+    log_probability: tuple[Tensor, ...]
+
+    @property
+    def space(self) -> ParameterSpace:
+        """The trainable parameters."""
+        return self.inner.space
+
+    @property
+    def m(self) -> int:
+        """Number of responses."""
+        return self.inner.m
+
+    @property
+    def work(self) -> int:
+        """Tokens of one pass."""
+        return self.inner.work
+
+    def losses(self, displacement: Tensor | None = None) -> Tensor:
+        """KL [m], nats per token."""
+        return self.inner.losses(displacement)
+
+    def directional(self, v: Tensor, displacement: Tensor | None = None) -> Tensor:
+        """Slope of the KL along v [m]; zero at the anchor."""
+        return self.inner.directional(v, displacement)
+
+    def gradient(self, weights: Tensor | None = None, displacement: Tensor | None = None) -> Tensor:
+        """Gradient of the weighted KL [n]; zero at the anchor."""
+        return self.inner.gradient(weights, displacement)
+
+    def hvp(self, v: Tensor, weights: Tensor | None = None, displacement: Tensor | None = None) -> Tensor:
+        """Hessian of the KL times v [n]; the exact Fisher product F v at the anchor."""
+        return self.inner.hvp(v, weights, displacement)
+
+    def fisher_form(self, directions: Sequence[Tensor]) -> Tensor:
+        """v_i' F_e v_j [m, k, k], float64, nats per token. Cost: k JVPs."""
+        tangents = [self.inner.forward.along(v) for v in directions]
+        parameters = self.inner.forward.at()
+
+        def derive(logits: Logits, tokens: int) -> Tensor:
+            self.inner.forward.passes.add("jvp", tokens * len(tangents), len(tangents))
+            return torch.stack([jvp(logits, (parameters,), (tangent,))[1] for tangent in tangents])
+
+        return self._forms(derive, len(directions))
+
+    def path_form(self, velocity: Tensor, acceleration: Tensor) -> Tensor:
+        """Covariance of the first two derivatives of log p along the path, [m, 2, 2], float64. Cost: see `Passes`.
+
+        The log-probabilities are differentiated twice in forward mode along theta + t velocity + t^2/2 acceleration.
+        """
+        forward = self.inner.forward
+        parameters, first, second = forward.at(), forward.along(velocity), forward.along(acceleration)
+
+        def derive(logits: Logits, tokens: int) -> Tensor:
+            forward.passes.add("path", tokens)
+
+            def along(t: Tensor) -> Tensor:
+                moved = {name: p + t * first[name] + t**2 / 2 * second[name] for name, p in parameters.items()}
+                return torch.log_softmax(logits(moved), -1)
+
+            def slope(t: Tensor) -> Tensor:
+                derivative: Tensor = jvp(along, (t,), (torch.ones_like(t),))[1]
+                return derivative
+
+            zero = torch.zeros((), device=forward.device)
+            return torch.stack(jvp(slope, (zero,), (torch.ones_like(zero),))[:2])
+
+        return self._forms(derive, 2)
+
+    def _forms(self, derive: Callable[[Logits, int], Tensor], k: int) -> Tensor:
+        """Covariance over the vocabulary at every position, averaged over each response's positions."""
+        out = torch.zeros(self.m, k, k, dtype=torch.float64)
+        with torch.no_grad(), second_order():
+            for (members, batch), reference in zip(self.inner.chunks, self.log_probability, strict=True):
+                supervised = _supervised(batch)
+
+                def logits(at: dict[str, Tensor], batch: Batch = batch, supervised: Tensor = supervised) -> Tensor:
+                    return self.inner.forward.logits(at, batch)[0][supervised]
+
+                derivatives = derive(logits, batch.tokens.numel())
+                covariance = covariance_over_outcomes(derivatives.double(), reference.double())
+                out[members] = per_sequence(covariance.cpu(), supervised.cpu())
+        return finite(out, "Fisher form")
+
+
+def _supervised(batch: Batch) -> Tensor:
+    targets = batch.labels[:, 1:] != UNSUPERVISED
+    return targets[:, targets.any(0)]
+
+
+def divergence_objective(
+    forward: Forward,
+    examples: Sequence[Example],
+    pad_id: int,
+    max_tokens: int,
+    *,
+    hessian: Literal["exact", "difference"] = "exact",
+) -> DivergenceObjective:
+    """Safety KL on responses of the aligned model itself; measures the anchor's softmax once.
+
+    Args:
+        forward: the model, at the anchor.
+        examples: m prompts with the anchor's own responses supervised.
+        pad_id: token to pad with.
+        max_tokens: micro-batch size.
+        hessian: how Hessian products are taken.
+
+    Cost: one forward pass now.
+    """
+    chunks = tuple((torch.tensor(members), batch) for members, batch in batches(examples, pad_id, max_tokens))
+    reference = []
+    with torch.no_grad():
+        parameters = forward.at()
+        for _, batch in chunks:
+            forward.passes.add("forward", batch.tokens.numel())
+            logits, labels = forward.logits(parameters, batch)
+            reference.append(torch.log_softmax(logits[labels != UNSUPERVISED], -1))
+
+    def reading(logits: Tensor, labels: Tensor, number: int) -> Tensor:
+        return divergence(reference[number], logits, labels)
+
+    m = len(examples)
+    ones = torch.ones(m, dtype=torch.float64)
+    inner = LanguageObjective(forward, chunks, torch.arange(m), ones, reading, m, hessian)
+    return DivergenceObjective(inner, tuple(reference))

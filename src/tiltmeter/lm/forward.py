@@ -1,0 +1,112 @@
+"""A causal language model as a function of its trainable parameters. The only file that calls a model functionally."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from transformers import PreTrainedModel
+
+from tiltmeter.geometry.objective import Passes
+from tiltmeter.geometry.space import ParameterSpace
+from tiltmeter.lm.conversation import Batch
+from tiltmeter.lm.template import UNSUPERVISED
+
+
+@dataclass(frozen=True)
+class Forward:
+    """Logits of a model at its anchor, or displaced from it, at the positions that predict supervised tokens.
+
+    Attributes:
+        model: in evaluation mode.
+        parameters: the trainable parameters by name, tied ones once; the anchor.
+        passes: what has been computed so far.
+    """
+
+    model: PreTrainedModel
+    parameters: Mapping[str, nn.Parameter]
+    passes: Passes = field(default_factory=Passes)
+
+    @property
+    def space(self) -> ParameterSpace:
+        """The trainable parameters."""
+        return ParameterSpace.of(self.parameters)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(iter(self.parameters.values())).device
+
+    def at(self, displacement: Tensor | None = None) -> dict[str, Tensor]:
+        """Parameters at anchor + displacement, float32 (or float64), detached; the anchor itself is not copied."""
+        if displacement is None:
+            return {name: _full(p.detach()) for name, p in self.parameters.items()}
+        shifts = self.space.split(displacement.to(self.device))
+        return {name: _full(p.detach()) + shifts[name] for name, p in self.parameters.items()}
+
+    def along(self, v: Tensor) -> dict[str, Tensor]:
+        """A direction [n] as named tensors of the parameters' dtypes."""
+        shifts = self.space.split(v.to(self.device))
+        return {name: shifts[name].to(_full(p).dtype) for name, p in self.parameters.items()}
+
+    def logits(self, parameters: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits [b, t, vocabulary] and the labels [b, t] they predict, at the t positions any example supervises.
+
+        Right padding under a causal mask needs no attention mask. Where the model's signature allows it, the output
+        layer runs on those positions alone.
+        """
+        targets = batch.labels[:, 1:]
+        keep = (targets != UNSUPERVISED).any(0).nonzero()[:, 0]
+        inputs: dict[str, object] = {"input_ids": batch.tokens.to(self.device), "use_cache": False}
+        narrow = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        if narrow:
+            inputs["logits_to_keep"] = keep.to(self.device)
+        out: Tensor = functional_call(self.model, dict(parameters), (), inputs, tie_weights=True).logits
+        if not narrow:
+            out = out[:, keep.to(self.device)]
+        return _full(out), targets[:, keep].to(self.device)
+
+
+#: Turns logits [b, t, vocabulary] and labels [b, t] of micro-batch number i into one value per sequence [b].
+Reading = Callable[[Tensor, Tensor, int], Tensor]
+
+
+def negative_log_likelihood(logits: Tensor, labels: Tensor, _: int = 0) -> Tensor:
+    """Sum over supervised tokens of -log p(token), nats, [b]."""
+    supervised = labels != UNSUPERVISED
+    picked = torch.log_softmax(logits, -1).gather(-1, labels.clamp_min(0)[..., None])[..., 0]
+    return -(picked * supervised).sum(-1)
+
+
+def divergence(log_probability: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over supervised tokens of KL(p_anchor || p), nats per token, [b].
+
+    Args:
+        log_probability: of the anchor at the supervised positions, [P, vocabulary], in row-major order.
+        logits: [b, t, vocabulary].
+        labels: [b, t].
+
+    Written as sum p_anchor (e^d - 1 - d) with d = log p - log p_anchor: the same sum, since both add up to one, but
+    every term is of second order and none is negative, so small divergences keep their digits in float32.
+    """
+    supervised = labels != UNSUPERVISED
+    difference = torch.log_softmax(logits[supervised], -1) - log_probability
+    terms = (log_probability.exp() * (torch.expm1(difference) - difference)).sum(-1)
+    return per_sequence(terms, supervised)
+
+
+def per_sequence(values: Tensor, supervised: Tensor) -> Tensor:
+    """Mean over each sequence's supervised positions: values [P, ...] and mask [b, t] -> [b, ...]."""
+    rows = supervised.nonzero()[:, 0]
+    counts = supervised.sum(1).clamp_min(1).to(values.dtype)
+    total = values.new_zeros((supervised.shape[0], *values.shape[1:])).index_add(0, rows, values)
+    return total / counts.view(-1, *[1] * (values.ndim - 1))
+
+
+def _full(tensor: Tensor) -> Tensor:
+    """At least float32: displacements and second differences drown in the rounding of half precision."""
+    return tensor if tensor.dtype in (torch.float32, torch.float64) else tensor.float()
