@@ -1,0 +1,189 @@
+"""Inner products of per-example gradients, from the thin factors they are made of.
+
+A weight W [r, c] that enters a model through y_t = W x_t has, for example i, the gradient sum_t dy_t x_t^T: two thin
+factors instead of an r by c matrix (Goodfellow 2015, arXiv:1510.01799). Their inner products come either from the
+gradients themselves, a few rows at a time, or without them ("ghost" products, Li et al. 2021, arXiv:2110.05679):
+
+    <g_i, g_j> = sum_st (dy_is . dy_jt) (x_is . x_jt)
+
+Errors are those of float32 products of at most 2^16 terms, added up in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tiltmeter.geometry.space import PIECE
+
+#: Floating point operations that take as long as moving one float32 through memory, in the choice of a route.
+_MOVE = 64
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or in float64 if it is that already: half precision is for storage, not for products."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Gradients of b examples by one use of one parameter: example i has sum_t left[i, t] right[i, t]^T.
+
+    Attributes:
+        first: index of the first of the b examples.
+        left: [b, t, r]; or, where rows of a table are looked up, their numbers [b, t], each standing for a unit vector.
+        right: [b, t, c].
+    """
+
+    first: int
+    left: Tensor
+    right: Tensor
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether `left` holds row numbers."""
+        return self.left.ndim == 2
+
+    @property
+    def examples(self) -> slice:
+        """Which examples these are."""
+        return slice(self.first, self.first + self.right.shape[0])
+
+    @property
+    def positions(self) -> int:
+        """Number b t of positions."""
+        return self.right.shape[0] * self.right.shape[1]
+
+    def packed(self, gradient: Tensor) -> Factor | None:
+        """Without positions where the output gradient [b, t, ...] is zero, if that saves a quarter or more.
+
+        At the output layer only supervised positions have any; None if no position of any example has.
+        """
+        kept = gradient.any(-1)
+        longest = int(kept.sum(1).max())
+        if longest == 0:
+            return None
+        if longest > 0.75 * kept.shape[1]:
+            return self
+        order = torch.sort(kept.byte(), dim=1, descending=True, stable=True).indices[:, :longest]
+        row = torch.arange(len(kept), device=kept.device)[:, None]
+        return Factor(self.first, self.left[row, order], self.right[row, order])
+
+    def add_to(self, gradients: Tensor, start: int, fresh: bool) -> None:
+        """Add rows `start` onwards of the gradients [b, r, c], or put them there if `fresh`."""
+        stop = start + gradients.shape[1]
+        if not self.looks_up:
+            left, right = wide(self.left[:, :, start:stop]), wide(self.right)
+            gradients.baddbmm_(left.transpose(1, 2), right, beta=0.0 if fresh else 1.0)
+            return
+        if fresh:
+            gradients.zero_()
+        example, position = ((self.left >= start) & (self.left < stop)).nonzero(as_tuple=True)
+        rows = self.left[example, position] - start
+        gradients.index_put_((example, rows), wide(self.right[example, position]), accumulate=True)
+
+
+@dataclass
+class Pieces:
+    """All that the per-example gradients of one parameter are the sum of.
+
+    Attributes:
+        shape: shape of the parameter.
+        factors: one for every use as a matrix and every batch.
+        rows: gradients [m, size] known directly.
+    """
+
+    shape: torch.Size
+    factors: list[Factor] = field(default_factory=list)
+    rows: Tensor | None = None
+
+    def gram(self, m: int, chunk_bytes: int) -> Tensor:
+        """Inner products [m, m] in float64, on the CPU.
+
+        Cost: with N positions in all, the smaller of 2 N^2 (r + c) and 2 (N + m^2) r c operations; the lookups of a
+        table always cost the former, without r. Memory: `chunk_bytes`.
+        """
+        if self.rows is not None:
+            return _add_up(self.rows) if not self.factors else self._by_rows(self.factors, m, chunk_bytes)
+        products = torch.zeros(m, m, dtype=torch.float64)
+        tables = [factor for factor in self.factors if factor.looks_up]
+        matrices = [factor for factor in self.factors if not factor.looks_up]
+        if _ghost_is_cheaper(matrices, m):
+            tables += matrices
+        elif matrices:
+            products += self._by_rows(matrices, m, chunk_bytes)
+            for table in tables:
+                for matrix in matrices:
+                    _add_ghost(products, table, matrix, chunk_bytes)
+        for i, one in enumerate(tables):
+            for other in tables[i:]:
+                _add_ghost(products, one, other, chunk_bytes)
+        return products
+
+    def _by_rows(self, factors: Sequence[Factor], m: int, chunk_bytes: int) -> Tensor:
+        """The products from the gradients, a few rows of the parameter at a time."""
+        like = wide(factors[0].right)
+        r, c = self.shape
+        step = min(r, max(1, chunk_bytes // (m * c * like.element_size())))
+        buffer, products = like.new_empty(m * step * c), torch.zeros(m, m, dtype=torch.float64)
+        for start in range(0, r, step):
+            chunk = buffer[: m * min(step, r - start) * c].view(m, -1, c)
+            fresh = set(range(m))
+            for factor in factors:
+                mine = set(range(m)[factor.examples])
+                factor.add_to(chunk[factor.examples], start, fresh=mine <= fresh)
+                fresh -= mine
+            if fresh:
+                chunk[sorted(fresh)] = 0
+            flat = chunk.view(m, -1)
+            if self.rows is not None:
+                flat += self.rows[:, start * c : start * c + flat.shape[1]]
+            products += _add_up(flat)
+        return products
+
+
+def _add_up(rows: Tensor) -> Tensor:
+    """Products [m, m] of wide rows: a long float32 dot product loses digits, so pieces of it are added in float64."""
+    products = torch.zeros(len(rows), len(rows), dtype=torch.float64)
+    for start in range(0, rows.shape[1], PIECE):
+        piece = rows[:, start : start + PIECE]
+        products += (piece @ piece.T).double().cpu()
+    return products
+
+
+def _ghost_is_cheaper(factors: Sequence[Factor], m: int) -> bool:
+    if not factors:
+        return True
+    positions, r, c = sum(f.positions for f in factors), factors[0].left.shape[-1], factors[0].right.shape[-1]
+    return positions**2 * (r + c + _MOVE) < (positions + m**2 + m * _MOVE) * r * c
+
+
+def _add_ghost(products: Tensor, one: Factor, other: Factor, chunk_bytes: int) -> None:
+    """Add the products of two factors, and their mirror image, without forming a gradient."""
+    per_example = one.right.shape[1] * other.positions * 8
+    step = max(1, chunk_bytes // (2 * per_example))
+    right = wide(other.right).flatten(0, 1)
+    block = []
+    for start in range(0, one.right.shape[0], step):
+        part = Factor(0, one.left[start : start + step], one.right[start : start + step])
+        pairs = (wide(part.right).flatten(0, 1) @ right.T).mul_(_left_products(part, other))
+        shape = (*part.right.shape[:2], *other.right.shape[:2])
+        block.append(pairs.view(shape).sum((1, 3), dtype=torch.float64).cpu())
+    added = torch.cat(block)
+    products[one.examples, other.examples] += added
+    if one is not other:
+        products[other.examples, one.examples] += added.T
+
+
+def _left_products(one: Factor, other: Factor) -> Tensor:
+    """Inner products of all left vectors of two factors, [positions, positions]; row numbers stand for unit vectors."""
+    if one.looks_up and other.looks_up:
+        return one.left.reshape(-1, 1) == other.left.reshape(1, -1)
+    if one.looks_up:
+        return wide(other.left).flatten(0, 1)[:, one.left.flatten()].T
+    if other.looks_up:
+        return wide(one.left).flatten(0, 1)[:, other.left.flatten()]
+    return wide(one.left).flatten(0, 1) @ wide(other.left).flatten(0, 1).T
