@@ -1,0 +1,151 @@
+"""Reading a record in which any value may be null: dotted paths, reasons, and the curves of a forecast."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tiltmeter.report.numbers import interval_text, number, numbers, setting_text, text_of
+from tiltmeter.store import reason_of
+
+Record = Mapping[str, Any]
+QUANTITIES = {"margin": "Refusal margin", "safety_kl": "Safety KL", "refusal_rate": "Refusal rate"}
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One forecast quantity over optimiser steps; None where a point was not measured.
+
+    `paths` are the single forecasts the value is made of; `crossing` is the step at which `budget` is reached (value,
+    low, high), and `anchor` the value of the aligned model before the first step.
+    """
+
+    quantity: str
+    unit: str
+    steps: list[float]
+    value: list[float | None]
+    low: list[float | None]
+    high: list[float | None]
+    paths: dict[str, list[float | None]]
+    anchor: float | None
+    horizon: float | None
+    budget: float | None
+    crossing: tuple[float | None, float | None, float | None]
+
+    @property
+    def name(self) -> str:
+        """What the quantity is called on the page."""
+        return QUANTITIES.get(self.quantity, words(self.quantity))
+
+    @property
+    def claimed_to_the_end(self) -> bool:
+        """Whether the last step lies within the horizon; unknown horizons claim nothing."""
+        return self.horizon is not None and bool(self.steps) and self.steps[-1] <= self.horizon
+
+
+def find(record: Any, path: str) -> Any:
+    """Return the value at a dotted path, or None where it, or anything above it, is null or absent."""
+    for key in path.split("."):
+        if isinstance(record, (list, tuple)) and key.isdigit():
+            record = record[int(key)] if int(key) < len(record) else None
+        else:
+            record = record.get(key) if isinstance(record, Mapping) else None
+    return record
+
+
+def missing(record: Record, path: str) -> str:
+    """Say that a value was not measured, and why."""
+    return f"not measured: {reason_of(record, path) or 'no reason recorded'}"
+
+
+def words(key: str) -> str:
+    """Turn a key into a label: `rows_read` -> `Rows read`."""
+    text = key.replace("_", " ").strip()
+    return text[:1].upper() + text[1:]
+
+
+def show(record: Record, path: str, unit: str = "", setting: bool = False) -> str:
+    """Write the value at a path as text with its interval and unit; nulls become their reason."""
+    return write(record, find(record, path), path, unit, setting)
+
+
+def write(record: Record, held: Any, path: str, unit: str = "", setting: bool = False) -> str:
+    """Write a value found at a path; `setting` keeps every digit of a number somebody chose."""
+    interval = held if isinstance(held, Mapping) else {}
+    if isinstance(held, Mapping):
+        held, unit = held.get("value"), str(held.get("unit") or unit)
+    if isinstance(held, bool):
+        return "yes" if held else "no"
+    if isinstance(held, str):
+        return held
+    if isinstance(held, (list, tuple)):
+        parts = ", ".join(write(record, part, f"{path}.{place}", "", setting) for place, part in enumerate(held))
+        return f"{parts} {unit}".strip() if held else "none"
+    value = number(held)
+    if value is None:
+        return missing(record, path)
+    low, high = number(interval.get("low")), number(interval.get("high"))
+    return f"{setting_text(value) if setting else interval_text(value, low, high)} {unit}".strip()
+
+
+def read_curve(record: Record, quantity: str) -> Curve | None:
+    """Read one forecast curve; None where not a single point of it was measured."""
+    held = find(record, f"forecast.{quantity}")
+    steps = numbers(find(record, "forecast.steps"))
+    if not isinstance(held, Mapping) or any(step is None for step in steps):
+        return None
+    value = _fit(held.get("value"), len(steps))
+    paths = find(record, "forecast.paths")
+    lines = {
+        str(name): _fit(path.get(quantity), len(steps))
+        for name, path in (paths.items() if isinstance(paths, Mapping) else ())
+        if isinstance(path, Mapping)
+    }
+    lines = {name: line for name, line in lines.items() if any(point is not None for point in line)}
+    if all(point is None for point in value) and not lines:
+        return None
+    crossing = find(record, "forecast.steps_to_budget")
+    crossing = crossing if isinstance(crossing, Mapping) and crossing.get("quantity") == quantity else {}
+    return Curve(
+        quantity=quantity,
+        unit=str(held.get("unit") or ""),
+        steps=[step for step in steps if step is not None],
+        value=value,
+        low=_fit(held.get("low"), len(steps)),
+        high=_fit(held.get("high"), len(steps)),
+        paths=lines,
+        anchor=number(held.get("anchor")),
+        horizon=number(find(record, "forecast.horizon_steps")),
+        budget=number(crossing.get("budget")),
+        crossing=(number(crossing.get("value")), number(crossing.get("low")), number(crossing.get("high"))),
+    )
+
+
+def path_names(records: Sequence[Record]) -> list[str]:
+    """Return the names of all single forecasts, in the order they first appear."""
+    names: dict[str, None] = {}
+    for record in records:
+        paths = find(record, "forecast.paths")
+        names.update(dict.fromkeys(map(str, paths)) if isinstance(paths, Mapping) else {})
+    return list(names)
+
+
+def point_text(curve: Curve, index: int) -> str | None:
+    """Write one point of a curve with its interval, without the unit; None where it was not measured."""
+    value = curve.value[index]
+    return None if value is None else interval_text(value, curve.low[index], curve.high[index])
+
+
+def change_text(curve: Curve, index: int) -> str | None:
+    """Write how far a point lies from the aligned model; None where either is unknown."""
+    value = curve.value[index]
+    if value is None or curve.anchor is None:
+        return None
+    change = value - curve.anchor
+    return f"+{text_of(change)}" if change > 0 else text_of(change)
+
+
+def _fit(values: Any, length: int) -> list[float | None]:
+    held = numbers(values)[:length]
+    return held + [None] * (length - len(held))
