@@ -136,7 +136,11 @@ class Recorder(TorchFunctionMode):
         base = x._base  # [b t, d] is fine as a view of [b, t, d]; otherwise its rows may have been chosen or shuffled
         if base is None or base.ndim < 3 or base.shape[0] != self._b or base.numel() != x.numel():
             return False
-        return x.is_contiguous() and base.is_contiguous()
+        per_example = (
+            sum((size - 1) * stride for size, stride in zip(base.shape[1:], base.stride()[1:], strict=True)) + 1
+        )
+        side_by_side = base.stride(0) * self._b == base.numel() and per_example <= base.stride(0)
+        return x.is_contiguous() and side_by_side and x.storage_offset() == base.storage_offset()
 
     def _matrix(self, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor | None:
         """Record y = x W^T + b, or y = x W + b if transposed."""
