@@ -12,6 +12,7 @@ overlap is, and where it is not the forecast goes through the network.)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -122,10 +123,18 @@ def measure_acceleration(objective: Objective, slope: Slope) -> Acceleration:
     middle = (len(slope.groups) + 1) // 2
     halves = (slope.groups[:middle], slope.groups[middle:])
     weights = (slope.group_weights[:middle].mean(0), slope.group_weights[middle:].mean(0))
-    gradients = [torch.stack([g.to(slope.mean) for g in half]).mean(0) for half in halves]
-    first = objective.hvp(gradients[1], weights[0])
-    second = objective.hvp(gradients[0], weights[1])
-    return Acceleration((first + second) / 2, (first - second) / 2)
+    first = objective.hvp(_mean(halves[1], slope.mean), weights[0])
+    second = objective.hvp(_mean(halves[0], slope.mean), weights[1])
+    value = torch.add(first, second).div_(2)
+    return Acceleration(value, first.sub_(second).div_(2))
+
+
+def _mean(vectors: Sequence[Tensor], like: Tensor) -> Tensor:
+    """Mean of a few vectors [n] in the dtype of `like`, one at a time in memory."""
+    out = torch.zeros_like(like)
+    for vector in vectors:
+        out.add_(vector.to(like), alpha=1 / len(vectors))
+    return out
 
 
 def measure_krylov(objective: Objective, slope: Slope, k: int) -> Krylov:

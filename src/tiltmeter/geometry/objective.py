@@ -243,15 +243,24 @@ FORWARD_BACKWARD = {
 
 @dataclass
 class Passes:
-    """Counts passes by kind, each weighted by the tokens it went over."""
+    """Counts passes by kind, each weighted by the tokens it went over.
+
+    Attributes:
+        calls: number of passes, a pass over each micro-batch counted once.
+        tokens: tokens they went over.
+        listener: called after every count, for progress bars.
+    """
 
     calls: Counter[str] = field(default_factory=Counter)
     tokens: Counter[str] = field(default_factory=Counter)
+    listener: Callable[[], None] | None = None
 
     def add(self, kind: str, tokens: int, calls: int = 1) -> None:
         """Count `calls` passes of a kind, `tokens` tokens in all."""
         self.calls[kind] += calls
         self.tokens[kind] += tokens
+        if self.listener is not None:
+            self.listener()
 
     def equivalents(self, tokens: int) -> float:
         """All passes so far as forward+backward passes over data of `tokens` tokens."""

@@ -110,14 +110,17 @@ class LanguageObjective:
         return out
 
     def _difference(self, v: Tensor, weights: Tensor | None, displacement: Tensor | None) -> Tensor:
-        length = norm(v)
-        if length == 0:
+        if norm(v) == 0:
             return torch.zeros_like(v)
-        anchor = sum(float(p.detach().double().square().sum()) for p in self.forward.parameters.values()) ** 0.5
-        step = DIFFERENCE_STEP * anchor / length
+        step = self.difference_step(v)
         base = torch.zeros_like(v) if displacement is None else displacement
         ahead = self.gradient(weights, torch.add(base, v, alpha=step))
         return ahead.sub_(self.gradient(weights, torch.add(base, v, alpha=-step))).div_(2 * step)
+
+    def difference_step(self, v: Tensor) -> float:
+        """Multiple of v [n] that is a good finite-difference step: `DIFFERENCE_STEP` of the parameters' norm."""
+        anchor = sum(float(p.detach().double().square().sum()) for p in self.forward.parameters.values()) ** 0.5
+        return DIFFERENCE_STEP * anchor / norm(v)
 
     def _leaves(self, displacement: Tensor | None) -> dict[str, Tensor]:
         return {name: p.detach().requires_grad_() for name, p in self.forward.at(displacement).items()}
@@ -181,6 +184,7 @@ def likelihood_objective(
     *,
     per: Literal["token", "response", "root"],
     hessian: Literal["exact", "difference"] = "exact",
+    groups: Sequence[Sequence[int]] | None = None,
 ) -> LanguageObjective:
     """Negative log-likelihood of the supervised tokens of each example.
 
@@ -193,10 +197,15 @@ def likelihood_objective(
             over tokens that a trainer minimises; "response": plain sums; "root": sums divided by the root of each
             example's own number of tokens, which puts the Fisher matrix of responses on the scale of one token's.
         hessian: how Hessian products are taken.
+        groups: examples that are used together (a trainer's batches), so that no micro-batch mixes two groups.
     """
     counts = torch.tensor([example.supervised for example in examples], dtype=torch.float64)
     factor = {"token": 1 / counts.mean().expand_as(counts), "response": torch.ones_like(counts), "root": counts.rsqrt()}
-    chunks = tuple((torch.tensor(members), batch) for members, batch in batches(examples, pad_id, max_tokens))
+    chunks = tuple(
+        (torch.tensor([group[i] for i in members]), batch)
+        for group in (groups if groups is not None else [range(len(examples))])
+        for members, batch in batches([examples[i] for i in group], pad_id, max_tokens)
+    )
     owner = torch.arange(len(examples))
     return LanguageObjective(forward, chunks, owner, factor[per], negative_log_likelihood, len(examples), hessian)
 

@@ -1,0 +1,193 @@
+"""Everything `assess` measures, in order, on one subject and one tuning set."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from tiltmeter.errors import NumericalError
+from tiltmeter.geometry.clock import Clock
+from tiltmeter.geometry.forecast import PathValues, follow, group_scatter, jackknife
+from tiltmeter.geometry.metric import Adam, Sgd
+from tiltmeter.geometry.motion import (
+    Coupling,
+    Slope,
+    measure_acceleration,
+    measure_coupling,
+    measure_krylov,
+    measure_slope,
+)
+from tiltmeter.geometry.path import CurvedPath, KrylovPath, LinearPath, Path
+from tiltmeter.geometry.space import dot, norm
+from tiltmeter.jobs.recipe import Recipe
+from tiltmeter.jobs.subject import Options, Report, Subject
+from tiltmeter.jobs.tuning import Tuning
+from tiltmeter.lm.gram import per_layer_name
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Raw results of one assessment; curves are per safety prompt.
+
+    Attributes:
+        clock: learning rates of the recipe.
+        covered: multiple of the initial direction covered after 0, 1, ... steps, flow time.
+        tuning_loss: mean loss of the sample, nats per token.
+        gradient_norm: of the mean gradient (after clipping).
+        batch_norms: of every batch gradient before clipping.
+        projected: norm of the gradient inside the safety subspace, or None.
+        coupling: overlap and curvature coupling under gradient flow, or None with a reason.
+        no_coupling: why not.
+        random_overlap: overlap of a random direction of the gradient's norm.
+        ritz: Ritz values of the task Hessian, if a Krylov space was built.
+        values: path name -> quantities at `steps`.
+        random_walk: KL [m] and margin [m] after a random displacement as long as the forecast's.
+        length: norm of the forecast displacement at the end.
+        margin_reach: half-width of the margin per flow time from the tuning sample, nats; NaN if unknown.
+        speed_reach: relative half-width of the safety speed from the tuning sample; NaN if unknown.
+        layer_slopes: layer -> change of the mean margin per flow time, nats.
+    """
+
+    clock: Clock
+    covered: Tensor
+    tuning_loss: float
+    gradient_norm: float
+    batch_norms: Tensor
+    projected: float | None
+    coupling: Coupling | None
+    no_coupling: str | None
+    random_overlap: float
+    ritz: Tensor | None
+    values: dict[str, PathValues]
+    random_walk: tuple[Tensor, Tensor]
+    length: float
+    margin_reach: float
+    speed_reach: float
+    layer_slopes: dict[str, float]
+
+
+def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, report: Report) -> Findings:
+    """Measure motion, coupling and forecast.
+
+    Cost: two gradients of the tuning sample and one Hessian product; 2 groups + 5 directional passes over the answers;
+    two forward passes over answers and openings for every grid step.
+    """
+    clock, metric = recipe.clock(), recipe.metric
+    objective, divergence = tuning.objective, subject.divergence
+    clip = recipe.max_grad_norm or None
+    report("gradient of the tuning set")
+    losses = objective.losses()
+    slope = measure_slope(objective, tuning.batches, clip=clip, groups=options.groups)
+    slope = replace(slope, spread=slope.spread.mul_(tuning.spread_factor))
+    size = norm(slope.mean)
+    if not 0 < size < math.inf:
+        raise NumericalError(
+            f"the gradient of the tuning loss has norm {size}; expected a positive number. "
+            "Either nothing in the tuning set is supervised, or the model already predicts it with certainty."
+        )
+    report("curvature coupling")
+    coupling, why = _coupling(subject, tuning, slope)
+    generator = torch.Generator().manual_seed(options.seed)
+    random = torch.randn(slope.mean.numel(), generator=generator, dtype=slope.mean.dtype).to(slope.mean.device)
+    random.mul_(size / norm(random))
+    random_overlap = math.sqrt(float(divergence.fisher_form([random])[:, 0, 0].mean()))
+    projected = None
+    if subject.sensitivity is not None:
+        projected = norm(subject.sensitivity.coordinates(slope.mean).double())
+    report("sampling error of the direction")
+    directions = _group_directions(metric, slope)
+    slopes = torch.tensor([dot(subject.margin_gradient, v.to(slope.mean)) for v in directions], dtype=torch.float64)
+    if isinstance(metric, Sgd) and coupling is not None:
+        forms = coupling.overlap_groups.mean(0)
+    else:
+        forms = divergence.fisher_form(directions).mean(0)
+    speed_reach = _relative(forms, options.level)
+    del directions
+    linear = LinearPath(metric, clock, slope, _decayed(subject, recipe))
+    ritz, paths = None, dict[str, Path](linear=linear)
+    if options.krylov and isinstance(metric, Sgd):
+        report("Krylov space of the task Hessian")
+        krylov = measure_krylov(objective, slope, options.krylov)
+        ritz = krylov.ritz()[0]
+        paths["krylov"] = KrylovPath(metric, clock, krylov)
+    report("gradient along the path")
+    probe_step = max(1, clock.steps // 2)
+    where = linear.displacement(probe_step)
+    probe = measure_slope(objective, tuning.batches, clip=clip, displacement=where, groups=1)
+    del where
+    probe = replace(probe, spread=probe.spread.mul_(tuning.spread_factor))
+    paths["curved"] = CurvedPath(linear, probe, probe_step)
+    report("forecast through the network")
+    grid = clock.grid(options.grid)
+    values = {name: follow(path, grid, divergence, subject.negative_margin) for name, path in paths.items()}
+    end = paths["curved"].displacement(clock.steps)
+    covered = metric.flow_time(clock)
+    length = norm(end)
+    walk = random.mul_(length / size)
+    return Findings(
+        clock,
+        covered,
+        float(losses.mean()),
+        size,
+        slope.norms,
+        projected,
+        coupling,
+        why,
+        random_overlap,
+        ritz,
+        values,
+        (divergence.losses(walk), -subject.negative_margin.losses(walk)),
+        length,
+        group_scatter(slopes, options.level),
+        speed_reach,
+        _layer_slopes(subject, end, float(covered[-1])),
+    )
+
+
+def _coupling(subject: Subject, tuning: Tuning, slope: Slope) -> tuple[Coupling | None, str | None]:
+    if len(slope.groups) < 2:
+        return (
+            None,
+            "a single tuning batch cannot tell curvature from noise; raise --max-tuning or lower the batch size",
+        )
+    acceleration = measure_acceleration(tuning.objective, slope)
+    return measure_coupling(subject.divergence, slope, acceleration), None
+
+
+def _group_directions(metric: Adam | Sgd, slope: Slope) -> list[Tensor]:
+    """Direction of every group of batches in the optimiser's metric, the preconditioner being that of all batches."""
+    if isinstance(metric, Sgd):
+        return [metric.direction(group.to(slope.mean), slope.spread) for group in slope.groups]
+    preconditioner = metric.preconditioner(slope.mean, slope.spread)
+    return [(preconditioner * group.to(slope.mean)).to(group.dtype) for group in slope.groups]
+
+
+def _relative(forms: Tensor, level: float) -> float:
+    """Half-width of sqrt(form) over batches, as a share of it."""
+    low, high = jackknife(forms, level)
+    j = forms.shape[0]
+    square = float((forms.sum() - forms.diagonal().sum()) / (j * (j - 1))) if j > 1 else math.nan
+    return (high - low) / 2 / math.sqrt(square) if square > 0 else math.nan
+
+
+def _decayed(subject: Subject, recipe: Recipe) -> Tensor | None:
+    """The parameters that weight decay pulls to zero; biases and norms are left out, as transformers does."""
+    if not recipe.weight_decay:
+        return None
+    forward = subject.forward
+    parts = {
+        name: p if p.ndim > 1 and not name.endswith("bias") else torch.zeros_like(p) for name, p in forward.at().items()
+    }
+    return forward.space.flatten(parts)
+
+
+def _layer_slopes(subject: Subject, displacement: Tensor, covered: float) -> dict[str, float]:
+    out: dict[str, float] = {}
+    for name, part, _ in subject.forward.space.slices():
+        layer = per_layer_name(name)
+        change = -dot(subject.margin_gradient[part], displacement[part]) / covered if covered else 0.0
+        out[layer] = out.get(layer, 0.0) + change
+    return out

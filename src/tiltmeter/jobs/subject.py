@@ -1,0 +1,277 @@
+"""The aligned model and its safety set, measured once; any number of tuning sets can then be assessed against them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from tiltmeter.errors import DegenerateError, UnsupportedModel
+from tiltmeter.geometry.objective import Passes
+from tiltmeter.geometry.sensitivity import Sensitivity, lanczos_sensitivity, measure_sensitivity, split_half_overlap
+from tiltmeter.jobs.inputs import Opened
+from tiltmeter.jobs.recipe import Lora
+from tiltmeter.lm.divergence import DivergenceObjective, divergence_objective
+from tiltmeter.lm.forward import Forward
+from tiltmeter.lm.gram import Gram, gram, per_layer_name
+from tiltmeter.lm.model import Loaded, add_lora, trainable
+from tiltmeter.lm.objective import LanguageObjective, likelihood_objective, negative_margin_objective
+from tiltmeter.lm.rows import RowSet
+from tiltmeter.lm.safety import SafetySet, prepare_safety
+from tiltmeter.lm.scores import Score, sampled_labels, score_loss
+
+#: Above so many parameters Hessian products are differences of gradients: two passes and no second graph in memory.
+LARGE = 2**25
+
+
+class Report(Protocol):
+    """Receives the name of each stage as it begins."""
+
+    def __call__(self, stage: str) -> None:
+        """Begin a stage."""
+        ...
+
+
+def silent(stage: str) -> None:
+    """Report nothing."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How much to measure.
+
+    Attributes:
+        max_safety: most safety prompts.
+        max_tuning: most tuning rows.
+        response_tokens: length of the answers the aligned model gives to the safety prompts.
+        max_length: longest sequence, tokens; the model's context if that is shorter.
+        rank: sensitive directions to keep.
+        score: whose gradients span the safety subspace; see `lm.scores`.
+        groups: disjoint groups of tuning batches whose scatter gives the sampling error.
+        grid: steps at which the forecast is evaluated.
+        krylov: Hessian products for the Krylov path of SGD; 0 for none.
+        max_tokens: tokens per micro-batch.
+        level: of the intervals.
+        budget_kl: largest tolerable safety KL, nats per token.
+        budget_margin: smallest tolerable mean refusal margin, nats.
+        budget_refusal: smallest tolerable refusal rate.
+        seed: of LoRA's start, bootstraps and random directions.
+    """
+
+    max_safety: int = 32
+    max_tuning: int = 32
+    response_tokens: int = 24
+    max_length: int = 512
+    rank: int = 8
+    score: Score = "response"
+    groups: int = 3
+    grid: int = 5
+    krylov: int = 0
+    max_tokens: int = 512
+    level: float = 0.9
+    budget_kl: float | None = None
+    budget_margin: float | None = None
+    budget_refusal: float | None = None
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is known of the aligned model before any tuning set is looked at.
+
+    Attributes:
+        opened: the model and its openings.
+        forward: the model as a function of the parameters to be trained; counts all passes.
+        rows: the safety rows.
+        safety: tokenised safety set.
+        divergence: safety KL.
+        negative_margin: minus the refusal margin.
+        anchor_margin: [m], nats.
+        margin_gradient: gradient of minus the mean margin, [n].
+        sensitivity: the safety subspace, or None.
+        no_sensitivity: why there is none.
+        split_half: overlap of the subspaces of random halves of the prompts, or None.
+        gram: per-parameter inner products of the scores, or None where no Gram matrix was formed.
+        score: per-example scores, or None.
+        seconds: time spent.
+        hessian: how Hessian products are taken in this space.
+        lora: the LoRA configuration, or None for full fine-tuning.
+    """
+
+    opened: Opened
+    forward: Forward
+    rows: RowSet
+    safety: SafetySet
+    divergence: DivergenceObjective
+    negative_margin: LanguageObjective
+    anchor_margin: Tensor
+    margin_gradient: Tensor
+    sensitivity: Sensitivity | None
+    no_sensitivity: str | None
+    split_half: Tensor | None
+    gram: Gram | None
+    score: LanguageObjective | None
+    seconds: float
+    hessian: Literal["exact", "difference"] = "exact"
+    lora: Lora | None = None
+
+    @property
+    def loaded(self) -> Loaded:
+        """Model and tokenizer."""
+        return self.opened.loaded
+
+
+def with_lora(opened: Opened, lora: Lora | None, seed: int) -> Opened:
+    """The model with the parameters that the recipe trains marked as trainable: a fresh LoRA adapter, or all."""
+    if lora is None:
+        opened.loaded.model.requires_grad_(True)
+        return opened
+    loaded = add_lora(
+        opened.loaded,
+        r=lora.r,
+        alpha=lora.alpha,
+        targets=None if lora.targets is None else list(lora.targets),
+        seed=seed,
+    )
+    return Opened(loaded, opened.refusal_opening, opened.compliance_opening)
+
+
+def measure_subject(
+    opened: Opened,
+    rows: RowSet,
+    lora: Lora | None,
+    options: Options,
+    *,
+    safety: SafetySet | None = None,
+    report: Report = silent,
+    listener: Callable[[], None] | None = None,
+) -> Subject:
+    """Measure what does not depend on the tuning set.
+
+    Args:
+        opened: the aligned model, with the trainable parameters marked (`with_lora`).
+        rows: safety rows.
+        lora: the LoRA configuration that `opened` carries, or None.
+        options: how much to measure.
+        safety: the tokenised safety set, if it was prepared before (a model at B = 0 answers as its base does).
+        report: told of every stage.
+        listener: called after every pass.
+
+    Raises:
+        DegenerateError: the prompts do not determine `options.rank` directions.
+
+    Cost: answers of the model, one forward pass over answers and openings each, one Gram matrix and one gradient.
+    """
+    begin = time.perf_counter()
+    loaded = opened.loaded
+    forward = Forward(loaded.model, trainable(loaded.model), Passes(listener=listener))
+    hessian: Literal["exact", "difference"] = "exact" if forward.space.size <= LARGE else "difference"
+    if safety is None:
+        report("answers of the aligned model")
+        safety = answer_safety(opened, rows, options, forward.passes)
+    if options.rank > safety.m:
+        raise DegenerateError(
+            f"asked for {options.rank} sensitive directions but only {safety.m} safety prompts can be used. "
+            f"Add safety prompts or ask for rank <= {safety.m}."
+        )
+    pad = loaded.tokenizer.pad_token_id
+    report("anchor")
+    divergence = divergence_objective(forward, safety.responses, pad, options.max_tokens, hessian=hessian)
+    margin = negative_margin_objective(forward, safety.refusals, safety.compliances, pad, options.max_tokens)
+    anchor_margin = -margin.losses()
+    margin_gradient = margin.gradient()
+    report("safety subspace")
+    score = _score(forward, safety, margin, options, pad)
+    products, sensitivity, reason, halves = _subspace(score, divergence, options)
+    return Subject(
+        opened,
+        forward,
+        rows,
+        safety,
+        divergence,
+        margin,
+        anchor_margin,
+        margin_gradient,
+        sensitivity,
+        reason,
+        halves,
+        products,
+        score,
+        time.perf_counter() - begin,
+        hessian,
+        lora,
+    )
+
+
+def answer_safety(opened: Opened, rows: RowSet, options: Options, passes: Passes) -> SafetySet:
+    """Tokenise the safety set, with the model's own answers; counts the generated tokens as forward passes."""
+    safety = prepare_safety(
+        opened.loaded,
+        rows.rows,
+        limit=options.max_safety,
+        max_length=min(options.max_length, opened.loaded.context),
+        response_tokens=options.response_tokens,
+        refusal_opening=opened.refusal_opening,
+        compliance_opening=opened.compliance_opening,
+    )
+    if safety.source.startswith("generated"):
+        passes.add("forward", sum(len(example.tokens) for example in safety.responses))
+    return safety
+
+
+def _score(
+    forward: Forward, safety: SafetySet, margin: LanguageObjective, options: Options, pad: int
+) -> LanguageObjective | None:
+    if options.score == "gauss-newton":
+        return None
+    if options.score == "margin":
+        return margin
+    examples = safety.responses
+    if options.score == "sampled":
+        examples = sampled_labels(forward, examples, pad, options.max_tokens, options.seed)
+    return likelihood_objective(forward, examples, pad, options.max_tokens, per="root")
+
+
+def _subspace(
+    score: LanguageObjective | None, divergence: DivergenceObjective, options: Options
+) -> tuple[Gram | None, Sensitivity | None, str | None, Tensor | None]:
+    """Gram matrix, subspace (or why there is none) and split-half overlaps."""
+    if score is None:
+        n = divergence.space.size
+        if n > LARGE:
+            raise UnsupportedModel(
+                f"the Gauss-Newton subspace holds {2 * options.rank + 10} vectors of {n} parameters; "
+                "use --score response, or LoRA"
+            )
+        return None, lanczos_sensitivity(divergence, options.rank, 2 * options.rank + 10, options.seed), None, None
+    forward = score.forward
+    sequences = torch.cat([members for members, _ in score.chunks])
+    products = gram(
+        forward.model, [batch for _, batch in score.chunks], score_loss, forward.parameters, store_bytes=3 * 2**29
+    )
+    forward.passes.add("gram", score.work, len(score.chunks))
+    mix = torch.zeros(score.m, len(sequences), dtype=torch.float64)
+    mix[score.owner[sequences], torch.arange(len(sequences))] = score.factor[sequences]
+    shares = {name: mix @ block @ mix.T for name, block in products.by_parameter.items()}
+    whole = Gram(mix @ products.total @ mix.T, shares)
+    try:
+        sensitivity = measure_sensitivity(score, options.rank, whole.total)
+    except DegenerateError as error:
+        return whole, None, str(error), None
+    half = score.m // 2
+    halves = split_half_overlap(whole.total, min(options.rank, half), 20, options.seed) if half >= 2 else None
+    return whole, sensitivity, None, halves
+
+
+def layer_sensitivity(products: Gram) -> dict[str, float]:
+    """Share of the score energy (trace of the Gram matrix) in every layer."""
+    total = float(products.total.trace())
+    out: dict[str, float] = {}
+    for name, block in products.by_parameter.items():
+        layer = per_layer_name(name)
+        out[layer] = out.get(layer, 0.0) + float(block.trace()) / total
+    return out

@@ -1,0 +1,76 @@
+"""The tuning set as the recipe's trainer will see it: rows in tokens, in batches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tiltmeter.errors import DataError
+from tiltmeter.jobs.recipe import Recipe
+from tiltmeter.jobs.subject import Options, Subject
+from tiltmeter.lm.conversation import Encoded, encode
+from tiltmeter.lm.objective import LanguageObjective, likelihood_objective
+from tiltmeter.lm.rows import RowSet
+from tiltmeter.lm.safety import spread
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """A sample of the tuning set.
+
+    Attributes:
+        rows: the whole set.
+        encoded: the sample in tokens.
+        objective: loss of every example, so scaled that their mean is the mean per supervised token.
+        batches: [B, m] weights that make a trainer's batch loss (mean over its supervised tokens).
+        batch_size: rows in each of these batches.
+        spread_factor: turns the scatter of these batches into that of batches of the recipe's size.
+    """
+
+    rows: RowSet
+    encoded: Encoded
+    objective: LanguageObjective
+    batches: Tensor
+    batch_size: int
+    spread_factor: float
+
+
+def prepare_tuning(subject: Subject, rows: RowSet, recipe: Recipe, options: Options) -> Tuning:
+    """Tokenise a sample of the tuning set and put it into batches.
+
+    Batches have the recipe's size unless that leaves fewer than `options.groups` of them; then they are smaller and
+    their scatter is rescaled, since the variance of a mean falls with the number of rows.
+
+    Raises:
+        DataError: fewer than two rows can be used.
+    """
+    chosen = spread(len(rows.rows), options.max_tuning)
+    length = min(recipe.max_length, options.max_length, subject.loaded.context)
+    encoded = encode([rows.rows[i] for i in chosen], subject.loaded.tokenizer, length)
+    m = len(encoded.examples)
+    if m < 2:
+        raise DataError(
+            f"{rows.name}: expected at least 2 usable tuning rows, got {m}; one row cannot tell a direction from noise"
+        )
+    size = min(recipe.batch_size, max(1, m // options.groups))
+    order = torch.randperm(m, generator=torch.Generator().manual_seed(options.seed)).tolist()
+    members = [order[start : start + size] for start in range(0, m - size + 1, size)]
+    for leftover, index in enumerate(order[len(members) * size :]):
+        members[leftover % len(members)].append(index)
+    objective = likelihood_objective(
+        subject.forward,
+        encoded.examples,
+        subject.loaded.tokenizer.pad_token_id,
+        options.max_tokens,
+        per="token",
+        hessian=subject.hessian,
+        groups=members,
+    )
+    supervised = torch.tensor([example.supervised for example in encoded.examples], dtype=torch.float64)
+    batches = torch.zeros(len(members), m, dtype=torch.float64)
+    for row, batch in enumerate(members):
+        # losses are sums over tokens divided by the sample's mean count; a trainer divides by the batch's own count
+        batches[row, batch] = supervised.mean() / supervised[batch].sum()
+    return Tuning(rows, encoded, objective, batches, size, (size / recipe.batch_size) ** 0.5)
