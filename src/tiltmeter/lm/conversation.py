@@ -80,8 +80,8 @@ def encode(
 ) -> Encoded:
     """Put rows into tokens and mark what is supervised.
 
-    The formats are those of `dialogue.dialogue`. With a chat template, prompt and completion strings become a user and an
-    assistant message, because that is how instruction-tuned models are called; TRL instead joins two plain strings
+    The formats are those of `dialogue.dialogue`. With a chat template, prompt and completion strings become a user and
+    an assistant message, because that is how instruction-tuned models are called; TRL instead joins two plain strings
     without any template, so to reproduce that give a tokenizer without one. Without a template, strings are joined as
     they are, and closed with the end-of-text token, as TRL does.
 
