@@ -8,10 +8,12 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import platformdirs
+
+from tiltmeter.errors import ModelError
 
 CACHE_VARIABLE = "TILTMETER_CACHE"
 _PARTIAL = ".partial-"
@@ -61,10 +63,23 @@ def built_folder(target: Path, build: Callable[[Path], None]) -> Path:
         target: the final folder, in the cache.
         build: fills the (empty) folder it is given.
     Returns: `target`, with all files it was built with at their full length.
+    Raises: ModelError: the disk is full, or the cache cannot be written.
     Cost: one `stat` per file when the folder is there; `build` otherwise.
     """
     if _is_complete(target):
         return target
+    try:
+        _build_and_place(target, build)
+    except OSError as error:
+        raise ModelError(
+            f"{target.name} could not be prepared in {target.parent} ({error}). "
+            f"{CACHE_VARIABLE} names another folder for the cache."
+        ) from error
+    return target
+
+
+def _build_and_place(target: Path, build: Callable[[Path], None]) -> None:
+    """Build in a folder of our own, then rename; leave the other's if another process was faster."""
     with partial_folder(target.parent) as partial:
         fresh = partial / target.name
         fresh.mkdir()
@@ -72,14 +87,14 @@ def built_folder(target: Path, build: Callable[[Path], None]) -> Path:
         files = [path for path in sorted(fresh.rglob("*")) if path.is_file()]
         sizes = {path.relative_to(fresh).as_posix(): path.stat().st_size for path in files}
         (fresh / _MANIFEST).write_text(json.dumps({"bytes": sizes}, indent=1), encoding="utf-8")
-        if target.exists() and not _is_complete(target):
-            os.replace(target, partial / "broken")
+        if not _is_complete(target):
+            with suppress(FileNotFoundError):
+                os.replace(target, partial / "broken")
         try:
             os.replace(fresh, target)
         except OSError:
-            if not _is_complete(target):  # not simply the other process that was faster
+            if not _is_complete(target):
                 raise
-    return target
 
 
 def _is_complete(folder: Path) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from tiltmeter.demo import capability, safety, tuning
+from tiltmeter.demo import capability, safety, tiny_language, tuning
 from tiltmeter.demo.entries import short_name
 
 _LOADERS: dict[str, Callable[[], list[dict[str, Any]]]] = {
@@ -39,6 +39,10 @@ _LOADERS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "piqa": capability.piqa,
     "commonsenseqa": capability.commonsenseqa,
     "openbookqa": capability.openbookqa,
+    "tiny-safety": tiny_language.safety_rows,
+    "tiny-copy": tiny_language.copy_rows,
+    "tiny-known": tiny_language.known_rows,
+    "tiny-harmful": tiny_language.harmful_rows,
 }
 
 

