@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tiltmeter.report.numbers import interval_text, number, numbers, setting_text, text_of
+from tiltmeter.report.numbers import interval_text, lone_text, number, numbers, setting_text
 from tiltmeter.store import reason_of
 
 Record = Mapping[str, Any]
@@ -17,12 +17,13 @@ QUANTITIES = {"margin": "Refusal margin", "safety_kl": "Safety KL", "refusal_rat
 class Curve:
     """One forecast quantity over optimiser steps; None where a point was not measured.
 
-    `paths` are the single forecasts the value is made of; `crossing` is the step at which `budget` is reached (value,
-    low, high), and `anchor` the value of the aligned model before the first step.
+    `places` are the points' places in the record's lists, `paths` the single forecasts the value is made of; `crossing`
+    is the step at which `budget` is reached (value, low, high), `anchor` the aligned model's value before any step.
     """
 
     quantity: str
     unit: str
+    places: list[int]
     steps: list[float]
     value: list[float | None]
     low: list[float | None]
@@ -55,8 +56,10 @@ def find(record: Any, path: str) -> Any:
 
 
 def missing(record: Record, path: str) -> str:
-    """Say that a value was not measured, and why."""
-    return f"not measured: {reason_of(record, path) or 'no reason recorded'}"
+    """Say that a value was not measured, and why: the reason for it, for a parent, or for the first part of it."""
+    below = (key for key in find(record, "reasons") or {} if key.startswith(f"{path}."))
+    reason = reason_of(record, path) or reason_of(record, next(below, ""))
+    return f"not measured: {reason or 'no reason recorded'}"
 
 
 def words(key: str) -> str:
@@ -93,16 +96,21 @@ def read_curve(record: Record, quantity: str) -> Curve | None:
     """Read one forecast curve; None where not a single point of it was measured."""
     held = find(record, f"forecast.{quantity}")
     steps = numbers(find(record, "forecast.steps"))
-    if not isinstance(held, Mapping) or any(step is None for step in steps):
-        return None
-    value = _fit(held.get("value"), len(steps))
+    places = [place for place, step in enumerate(steps) if step is not None]
+    held = held if isinstance(held, Mapping) else {}
+
+    def points(values: Any) -> list[float | None]:
+        known = numbers(values)
+        return [known[place] if place < len(known) else None for place in places]
+
     paths = find(record, "forecast.paths")
     lines = {
-        str(name): _fit(path.get(quantity), len(steps))
+        str(name): points(path.get(quantity))
         for name, path in (paths.items() if isinstance(paths, Mapping) else ())
         if isinstance(path, Mapping)
     }
     lines = {name: line for name, line in lines.items() if any(point is not None for point in line)}
+    value = points(held.get("value"))
     if all(point is None for point in value) and not lines:
         return None
     crossing = find(record, "forecast.steps_to_budget")
@@ -110,16 +118,23 @@ def read_curve(record: Record, quantity: str) -> Curve | None:
     return Curve(
         quantity=quantity,
         unit=str(held.get("unit") or ""),
+        places=places,
         steps=[step for step in steps if step is not None],
         value=value,
-        low=_fit(held.get("low"), len(steps)),
-        high=_fit(held.get("high"), len(steps)),
+        low=points(held.get("low")),
+        high=points(held.get("high")),
         paths=lines,
         anchor=number(held.get("anchor")),
         horizon=number(find(record, "forecast.horizon_steps")),
         budget=number(crossing.get("budget")),
         crossing=(number(crossing.get("value")), number(crossing.get("low")), number(crossing.get("high"))),
     )
+
+
+def no_curve(record: Record, quantity: str) -> str:
+    """Say why there is no forecast of a quantity."""
+    steps = any(step is not None for step in numbers(find(record, "forecast.steps")))
+    return missing(record, f"forecast.{quantity}.value" if steps else "forecast.steps")
 
 
 def path_names(records: Sequence[Record]) -> list[str]:
@@ -131,10 +146,12 @@ def path_names(records: Sequence[Record]) -> list[str]:
     return list(names)
 
 
-def point_text(curve: Curve, index: int) -> str | None:
-    """Write one point of a curve with its interval, without the unit; None where it was not measured."""
+def point_text(record: Record, curve: Curve, index: int) -> str:
+    """Write one point of a curve with its interval, without the unit; or why it is missing."""
     value = curve.value[index]
-    return None if value is None else interval_text(value, curve.low[index], curve.high[index])
+    if value is None:
+        return missing(record, f"forecast.{curve.quantity}.value.{curve.places[index]}")
+    return interval_text(value, curve.low[index], curve.high[index])
 
 
 def change_text(curve: Curve, index: int) -> str | None:
@@ -143,9 +160,4 @@ def change_text(curve: Curve, index: int) -> str | None:
     if value is None or curve.anchor is None:
         return None
     change = value - curve.anchor
-    return f"+{text_of(change)}" if change > 0 else text_of(change)
-
-
-def _fit(values: Any, length: int) -> list[float | None]:
-    held = numbers(values)[:length]
-    return held + [None] * (length - len(held))
+    return f"+{lone_text(change)}" if change > 0 else lone_text(change)

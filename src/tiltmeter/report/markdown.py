@@ -22,15 +22,16 @@ def render_markdown(records: Sequence[Record]) -> str:
         raise DataError("a model-card snippet needs at least one result folder; none was given")
     lines = ["## Safety under fine-tuning: forecast by tiltmeter", ""]
     if len(records) > 1:
-        header, rows = comparison(records)
-        lines += [*_table(header, rows), ""]
+        header, cells, shared = comparison(records)
+        compared = [["; ".join((cell.text, *cell.details)) for cell in row] for row in cells]
+        lines += [*(f"{label}: {_escape(text)}\n" for label, text in shared), *_table(header, compared), ""]
     for record in records:
         _, verdict, sentence = verdict_of(record)
         names = [_escape(show(record, f"{part}.name")) for part in ("model", "tuning")]
         lines += [f"### {names[0]} tuned on {names[1]}", "", f"**{_escape(verdict)}.** {_escape(sentence)}", ""]
-        rows = [[tile.label, tile.text, tile.note] for tile in tiles_of(record)]
-        rows += [[row.label, row.text, ""] for row in rows_of(record, "aic")]
-        lines += [*_table(["Quantity", "Value (90 % interval)", "Note"], rows), ""]
+        rows = [[tile.label, f"{tile.text} {tile.unit}", tile.interval, tile.note] for tile in tiles_of(record)]
+        rows += [[row.label, row.text, "", row.meaning] for row in rows_of(record, "aic")]
+        lines += [*_table(["Quantity", "Value", "Interval", "Note"], rows), ""]
         safety = f"{_escape(show(record, 'safety.name'))}, {show(record, 'safety.used')} examples used"
         lines += [f"Safety set: {safety}. Recipe: {_escape(recipe_line(record))}.", ""]
         made = f"tiltmeter {show(record, 'tiltmeter')}, {show(record, 'created')}, seed {show(record, 'seed')}"

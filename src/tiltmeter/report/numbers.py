@@ -26,32 +26,51 @@ def text_of(value: float, digits: int = 3) -> str:
         return "0"
     if float(value).is_integer() and abs(value) < 1e15:
         return _signed(f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.0f}")
-    return _plain(value, _decimals(value, digits)) if _is_plain(value) else _scientific(value, digits)
+    if _is_plain(value):
+        return _plain(value, _decimals(value, digits))
+    mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
+    return f"{_signed(mantissa)}×{_power(int(exponent))}"
+
+
+def lone_text(value: float) -> str:
+    """Write a number that stands alone, to three digits and without zeros at the end: 4.2, 0.001."""
+    mantissa, times, power = text_of(value).partition("×")
+    return (mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa) + times + power
 
 
 def setting_text(value: float) -> str:
     """Write a number somebody chose, exactly as chosen up to six digits: 0.0003, 10⁻⁸."""
-    if value == 0 or _is_plain(value):
+    if value == 0 or 1e-4 <= abs(value) < 1e6:
         return _signed(f"{value:,.6g}" if value < 10_000 else f"{value:,.10g}")
     mantissa, _, exponent = f"{value:.5e}".partition("e")
     mantissa = mantissa.rstrip("0").rstrip(".")
-    power = f"10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
-    return power if mantissa == "1" else f"{_signed(mantissa)}×{power}"
+    return _power(int(exponent)) if mantissa == "1" else f"{_signed(mantissa)}×{_power(int(exponent))}"
 
 
 def interval_text(value: float, low: float | None, high: float | None) -> str:
     """Write a value with its interval, to two digits of the interval's half width: 4.20 (4.05 to 4.38)."""
     if low is None or high is None:
-        return text_of(value)
-    if all(part == 0 for part in (value, low, high)):
-        return "0 (0 to 0)"
-    largest = max(abs(value), abs(low), abs(high))
-    if not _is_plain(largest):
-        return f"{text_of(value)} ({text_of(low)} to {text_of(high)})"
-    half = max(high - value, value - low)
+        return lone_text(value)
+    (*parts, power) = interval_parts(value, low, high)
+    return f"{parts[0]} ({parts[1]} to {parts[2]}){f' {power}' if power else ''}"
+
+
+def interval_parts(value: float, low: float, high: float) -> tuple[str, str, str, str]:
+    """Write value, low and high to the same digit, and the power of ten all three are to be multiplied by, if any."""
+    trio = (value, low, high)
+    largest = max(map(abs, trio))
+    if largest == 0 or (largest < 1e15 and all(part.is_integer() for part in trio)):
+        return text_of(value), text_of(low), text_of(high), ""
+    exponent = 0 if _is_plain(largest) else math.floor(math.log10(largest))
+    trio = (value / 10.0**exponent, low / 10.0**exponent, high / 10.0**exponent)
+    largest, half = max(map(abs, trio)), max(trio[2] - trio[0], trio[0] - trio[1])
     decimals = _decimals(half, 2) if half > 0 else 0
     decimals = min(max(decimals, _decimals(largest, 2)), _decimals(largest, 4))
-    return f"{_plain(value, decimals)} ({_plain(low, decimals)} to {_plain(high, decimals)})"
+    # A value too small for the last digit is written out: rounded away it would read as nothing at all.
+    texts = [
+        _plain(part, decimals) if part == 0 or abs(part) >= 0.5 * 10**-decimals else text_of(part, 2) for part in trio
+    ]
+    return texts[0], texts[1], texts[2], f"×{_power(exponent)}" if exponent else ""
 
 
 def share_of(values: Iterable[float | None]) -> list[float | None]:
@@ -62,7 +81,11 @@ def share_of(values: Iterable[float | None]) -> list[float | None]:
 
 
 def _is_plain(value: float) -> bool:
-    return 1e-4 <= abs(value) < 1e6
+    return 1e-3 <= abs(value) < 1e6
+
+
+def _power(exponent: int) -> str:
+    return f"10{str(exponent).translate(_SUPERSCRIPTS)}"
 
 
 def _decimals(value: float, digits: int) -> int:
@@ -72,11 +95,6 @@ def _decimals(value: float, digits: int) -> int:
 def _plain(value: float, decimals: int) -> str:
     text = f"{value:,.{decimals}f}" if abs(value) >= 10_000 else f"{value:.{decimals}f}"
     return _signed(text.lstrip("-") if float(text.replace(",", "")) == 0 else text)
-
-
-def _scientific(value: float, digits: int) -> str:
-    mantissa, _, exponent = f"{value:.{digits - 1}e}".partition("e")
-    return f"{_signed(mantissa)}×10{str(int(exponent)).translate(_SUPERSCRIPTS)}"
 
 
 def _signed(text: str) -> str:

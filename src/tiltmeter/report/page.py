@@ -21,6 +21,7 @@ from tiltmeter.store import write_text
 
 __all__ = ["render_markdown", "render_page", "write_page"]
 _SMALL = ("margin", "safety_kl")
+_DRAWN = {"spectrum.eigenvalues", "spectrum.gaps"}
 _WIDE_GAP = 2.0  # neighbours that differ by less than this ratio are no gap worth marking
 
 
@@ -62,7 +63,8 @@ def _view(record: Record, name: str, colours: Sequence[str]) -> dict[str, Any]:
     """Collect what the template shows of one record."""
     curves = curves_of(record)
     tone, verdict, sentence = verdict_of(record)
-    header, rows = tables.forecast_table(curves, numbers(find(record, "forecast.flow_time")))
+    header, rows = tables.forecast_table(record, curves)
+    path_header, path_rows = tables.path_table(record, curves)
     return {
         "name": name,
         "note": find(record, "note"),
@@ -77,16 +79,19 @@ def _view(record: Record, name: str, colours: Sequence[str]) -> dict[str, Any]:
         "has_budget": any(curve.budget is not None for curve in curves),
         "forecast_header": header,
         "forecast_rows": [(row, _beyond(curves[0], place)) for place, row in enumerate(rows)],
-        "aic": [(row, tables.MEANING.get(row.key.rpartition(".")[2], "")) for row in tables.rows_of(record, "aic")],
-        "baselines": [
-            (row, tables.MEANING.get(row.key.rpartition(".")[2], "")) for row in tables.rows_of(record, "baselines")
-        ],
+        "path_header": path_header,
+        "path_rows": [(row, _beyond(curves[0], place)) for place, row in enumerate(path_rows)],
+        "aic": tables.rows_of(record, "aic"),
+        "baselines": tables.rows_of(record, "baselines"),
         "spectrum": _spectrum(record, name),
+        "spectrum_rows": [row for row in tables.rows_of(record, "spectrum") if row.key not in _DRAWN],
         "spectrum_reason": missing(record, "spectrum.eigenvalues"),
         "layers": _layers(record, name),
+        "layers_top": _top_share(record),
         "layers_reason": missing(record, "layers"),
         "layer_rows": tables.layer_table(record),
         "data": tables.data_table(record),
+        "provenance": tables.provenance_table(record),
         "cost": tables.cost_table(record),
         "everything": tables.everything(record, curves),
     }
@@ -131,9 +136,14 @@ def _layers(record: Record, name: str) -> Markup | None:
     return plots.draw_layers(rows, short, f"{name}l")
 
 
+def _top_share(record: Record) -> str:
+    shares = [share for _, row in tables.layer_shares(record)[1] for share in row if share is not None]
+    return f"{100 * max(shares, default=0.0):.1f} %"
+
+
 def _compare(records: Sequence[Record], colours: Sequence[str]) -> dict[str, Any]:
     """Collect the comparison table and the small forecasts on common scales."""
-    header, rows = comparison(records)
+    header, rows, shared = comparison(records)
     curves = [[read_curve(record, quantity) for quantity in _SMALL] for record in records]
     columns = [[curve for curve in column if curve is not None] for column in zip(*curves, strict=True)]
     kept = [place for place, column in enumerate(columns) if column]
@@ -143,4 +153,12 @@ def _compare(records: Sequence[Record], colours: Sequence[str]) -> dict[str, Any
         for index, row in enumerate(curves, 1)
     ]
     tones = [verdict_of(record)[0] for record in records]
-    return {"header": header, "rows": list(zip(rows, tones, strict=True)), "small": small}
+    budget = any(curve.budget is not None for column in columns for curve in column)
+    return {
+        "header": header,
+        "rows": list(zip(rows, tones, strict=True)),
+        "shared": shared,
+        "small": small,
+        "has_budget": budget,
+        "one_model": len({show(record, "model.name") for record in records}) == 1,
+    }

@@ -155,19 +155,10 @@ def draw_layers(rows: Sequence[tuple[str, Sequence[float | None]]], layers: Sequ
         axes = figure.subplots()
         for row, (_, shares) in enumerate(rows):
             for column, share in enumerate(shares):
-                known = share is not None
-                face = (*to_rgb(svg.VALUE), share / top) if share is not None else "none"
-                axes.add_patch(
-                    Rectangle(
-                        (column + 0.04, row + 0.06),
-                        0.92,
-                        0.88,
-                        facecolor=face,
-                        linewidth=0.6,
-                        edgecolor=svg.GRID if known else svg.MUTED,
-                        hatch=None if known else "xxx",
-                    )  # fmt: skip
-                )
+                face = "none" if share is None else (*to_rgb(svg.VALUE), share / top)
+                edge, hatch = (svg.MUTED, "xxx") if share is None else (svg.GRID, None)
+                place = (column + 0.04, row + 0.06)
+                axes.add_patch(Rectangle(place, 0.92, 0.88, facecolor=face, linewidth=0.6, edgecolor=edge, hatch=hatch))
         axes.set_xlim(0, len(layers))
         axes.set_ylim(len(rows), 0)
         axes.set_yticks([row + 0.5 for row in range(len(rows))], [label for label, _ in rows])
@@ -213,7 +204,7 @@ def _draw_curve(axes: Any, curve: Curve, scale: Scale, colours: Sequence[str], n
     else:
         height = scale.top - scale.bottom
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes.yaxis.set_major_locator(MaxNLocator(5 if notes else 3))
+        axes.yaxis.set_major_locator(MaxNLocator(5 if notes else 3, steps=[1, 2, 5, 10]))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: setting_text(x)))
         axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: setting_text(0.0 if abs(y) < 1e-6 * height else y)))
 

@@ -12,12 +12,14 @@ from tiltmeter.report.fields import (
     change_text,
     find,
     missing,
+    no_curve,
     point_text,
     read_curve,
     show,
     words,
 )
-from tiltmeter.report.numbers import number, setting_text
+from tiltmeter.report.numbers import interval_parts, lone_text, number, setting_text
+from tiltmeter.report.tables import recipe_line
 
 # verdict kind -> (tone, words). The words carry the meaning; the tone only colours them.
 VERDICTS = {
@@ -31,11 +33,21 @@ VERDICTS = {
 
 @dataclass(frozen=True)
 class Tile:
-    """One headline number with what it is and how far it goes."""
+    """One headline number: what it is, value, unit, its interval (or nothing), and how far it goes."""
 
     label: str
     text: str
+    unit: str
+    interval: str
     note: str
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One cell of the comparison: what is compared, and under it what qualifies it."""
+
+    text: str
+    details: tuple[str, ...] = ()
 
 
 def verdict_of(record: Record) -> tuple[str, str, str]:
@@ -66,58 +78,83 @@ def tiles_of(record: Record) -> list[Tile]:
         curve = read_curve(record, quantity)
         place = None if curve is None else last_claimed(curve)
         if curve is None or place is None:
-            why = missing(record, f"forecast.{quantity}") if curve is None else "no point within the horizon"
-            tiles.append(Tile(label, "—", why))
+            why = no_curve(record, quantity) if curve is None else "no point was measured within the horizon"
+            tiles.append(Tile(label, "—", "", "", why))
             continue
         end = "end of the run" if place == len(curve.steps) - 1 else "last step claimed"
         note = f"at step {setting_text(curve.steps[place])}, {end}"
         if curve.anchor is not None:
-            note += f"; aligned model {setting_text(curve.anchor)}, change {change_text(curve, place)}"
-        tiles.append(Tile(label, f"{point_text(curve, place)} {curve.unit}".strip(), note))
+            note += f"; aligned model {lone_text(curve.anchor)}, change {change_text(curve, place)}"
+        text, interval = _apart(curve.value[place], curve.low[place], curve.high[place])
+        tiles.append(Tile(label, text, curve.unit, interval, note))
     horizon, reason = show(record, "forecast.horizon_steps"), find(record, "forecast.horizon_reason")
     known = number(find(record, "forecast.horizon_steps")) is not None
-    tiles.append(Tile("Horizon", f"step {horizon}" if known else "—", str(reason or "") if known else horizon))
+    tiles.append(Tile("Horizon", f"step {horizon}" if known else "—", "", "", str(reason or "") if known else horizon))
     tiles.append(_budget_tile(record))
     return tiles
 
 
-def comparison(records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
-    """Return header and one row per assessment: what was assessed, the forecast at the end, horizon and verdict."""
-    header = ["Model", "Safety set", "Tuning set", "Steps", "Margin change at the end", "Safety KL at the end"]
-    header += ["Refusal rate at the end", "Horizon", "Verdict"]
-    rows = []
-    for record in records:
-        row = [show(record, f"{part}.name") for part in ("model", "safety", "tuning")]
-        row += [show(record, "recipe.steps")]
-        row += [_end_text(record, quantity) for quantity in QUANTITIES]
+def comparison(records: Sequence[Record]) -> tuple[list[str], list[list[Cell]], list[tuple[str, str]]]:
+    """Return header, one row per assessment, and what all have in common (model, safety set) instead of a column."""
+    header = ["Tuning set"]
+    shared: list[tuple[str, str]] = []
+    rows = [[Cell(show(record, "tuning.name"))] for record in records]
+    for label, path in (("Model", "model.name"), ("Safety set", "safety.name"), ("Recipe", "")):
+        texts = [show(record, path) if path else recipe_line(record) for record in records]
+        if len(set(texts)) == 1:
+            shared.append((label, texts[0]))
+            continue
+        header.append(label)
+        for row, text in zip(rows, texts, strict=True):
+            row.append(Cell(text))
+    header += ["Margin change at the end", "Safety KL at the end", "Refusal rate at the end", "Horizon", "Verdict"]
+    for row, record in zip(rows, records, strict=True):
         horizon = number(find(record, "forecast.horizon_steps"))
-        row += [missing(record, "forecast.horizon_steps") if horizon is None else f"step {setting_text(horizon)}"]
-        rows.append([*row, verdict_of(record)[1]])
-    return header, rows
+        row += [_end(record, quantity) for quantity in QUANTITIES]
+        row.append(
+            Cell(missing(record, "forecast.horizon_steps") if horizon is None else f"step {setting_text(horizon)}")
+        )
+        row.append(Cell(verdict_of(record)[1]))
+    return header, rows, shared
 
 
-def _end_text(record: Record, quantity: str) -> str:
+def _end(record: Record, quantity: str) -> Cell:
     curve = read_curve(record, quantity)
-    text = None if curve is None or not curve.value else point_text(curve, -1)
-    if curve is None or text is None:
-        return missing(record, f"forecast.{quantity}")
-    text = f"{text} {curve.unit}".strip()
-    if quantity == "margin":
-        change = change_text(curve, -1)
-        text = f"{change} {curve.unit}, to {text}" if change is not None else f"to {text}; aligned model not measured"
-    beyond = curve.horizon is not None and not curve.claimed_to_the_end
-    return f"{text}; beyond the horizon, not claimed" if beyond else text
+    if curve is None:
+        return Cell(no_curve(record, quantity))
+    text = point_text(record, curve, -1)
+    if curve.value[-1] is None:
+        return Cell(text)
+    details = [f"at step {setting_text(curve.steps[-1])}"]
+    change = change_text(curve, -1)
+    if quantity == "margin" and change is not None and curve.anchor is not None:
+        details.insert(0, f"from {lone_text(curve.anchor)} to {text}")
+        text = change
+    elif quantity == "margin":
+        details.insert(0, "the margin itself; that of the aligned model was not measured")
+    if curve.horizon is not None and not curve.claimed_to_the_end:
+        details.append("beyond the horizon: not claimed")
+    return Cell(f"{text} {curve.unit}".strip(), tuple(details))
 
 
 def _budget_tile(record: Record) -> Tile:
     held = find(record, "forecast.steps_to_budget")
     if not isinstance(held, Mapping) or number(held.get("value")) is None:
         path = "forecast.steps_to_budget.value" if isinstance(held, Mapping) else "forecast.steps_to_budget"
-        return Tile("Steps to the budget", "—", missing(record, path))
-    quantity = str(held.get("quantity") or "")
+        return Tile("Steps to the budget", "—", "", "", missing(record, path))
+    quantity = QUANTITIES.get(str(held.get("quantity")), str(held.get("quantity") or "an unknown quantity"))
     note = f"budget {show(record, 'forecast.steps_to_budget.budget', setting=True)}"
-    note += f" on {QUANTITIES.get(quantity, words(quantity)).lower()}" if quantity else ""
+    note += f" on {quantity[:1].lower()}{quantity[1:]}"
     horizon, step = number(find(record, "forecast.horizon_steps")), number(held.get("value"))
     if horizon is not None and step is not None and step > horizon:
         note += "; beyond the horizon, not claimed"
-    return Tile("Steps to the budget", show(record, "forecast.steps_to_budget"), note)
+    text, interval = _apart(step, number(held.get("low")), number(held.get("high")))
+    return Tile("Steps to the budget", text, "", interval, note)
+
+
+def _apart(value: float | None, low: float | None, high: float | None) -> tuple[str, str]:
+    """Write a value, and its interval apart from it."""
+    if value is None or low is None or high is None:
+        return "—" if value is None else lone_text(value), "no interval"
+    first, *bounds, power = interval_parts(value, low, high)
+    return f"{first}{power}", f"90 % interval {bounds[0]}{power} to {bounds[1]}{power}"

@@ -10,10 +10,8 @@ from tiltmeter.report.fields import QUANTITIES, Curve, Record, find, missing, po
 from tiltmeter.report.numbers import number, setting_text, share_of, text_of
 
 # Text somebody wrote or a model generated is never shown, whichever record it strays into.
-WITHHELD = frozenset(
-    "prompt prompts completion completions generation generations message messages text_rows response_text "
-    "response_texts texts examples conversation conversations".split()
-)
+WITHHELD = {"prompt", "prompts", "completion", "completions", "generation", "generations", "message", "messages"}
+WITHHELD |= {"conversation", "conversations", "example", "examples", "texts", "response_text", "response_texts"}
 _OWN_TABLE = {"layers", "reasons", "schema"}
 _CHOSEN = ("recipe.", "space.lora", "seed", "versions.")
 _LONGEST = 300
@@ -44,29 +42,47 @@ UNITS = {
     "cost.peak_memory_gb": "GB",
     "cost.estimated.memory_gb": "GB",
 }
+LABELS = {
+    **QUANTITIES,
+    "initial_overlap_random": "initial overlap, random direction",
+    "gamma_full": "curvature coupling, full",
+    "random_direction_kl": "safety KL, random direction",
+    "steps_times_learning_rate": "steps times learning rate",
+    "split_half_overlap": "overlap of two half samples",
+    "random_overlap": "overlap of random directions",
+    "rank_90": "directions for 90 % of the trace",
+    "fb_equivalents": "forward and backward passes",
+    "memory_gb": "memory",
+    "peak_memory_gb": "peak memory",
+}
 MEANING = {
-    "initial_overlap": "how fast the first steps move the model along what safety is sensitive to",
-    "initial_overlap_random": "the same for a random direction of equal length",
-    "curvature_coupling": "how strongly curvature turns the fine-tune towards safety, by the Fisher matrix alone",
-    "gamma_full": "the same with the second derivative of the responses: the constant of the quartic law",
-    "crossover": "flow time at which the coupling overtakes the initial overlap",
-    "crossover_steps": "the crossover in steps of this recipe",
-    "cross_term": "interference of overlap and coupling; negative speeds the drift up",
-    "projected_gradient": "part of the fine-tuning gradient inside the sensitive directions",
-    "gradient_norm": "length of the fine-tuning gradient",
-    "random_direction_kl": "safety KL after as long a move in a random direction",
-    "steps_times_learning_rate": "length of the recipe, whatever the data",
+    "aic.initial_overlap": "how fast the first steps move the model along what safety is sensitive to",
+    "aic.initial_overlap_random": "the same for a random direction of equal length",
+    "aic.curvature_coupling": "how strongly curvature turns the fine-tune towards safety, by the Fisher matrix alone",
+    "aic.gamma_full": "the same with the responses' second derivative: the constant of the quartic law",
+    "aic.crossover": "flow time at which the coupling overtakes the initial overlap",
+    "aic.crossover_steps": "the crossover in steps of this recipe",
+    "aic.cross_term": "interference of overlap and coupling; negative speeds the drift up",
+    "aic.projected_gradient": "part of the fine-tuning gradient inside the sensitive directions",
+    "baselines.gradient_norm": "length of the fine-tuning gradient",
+    "baselines.random_direction_kl": "safety KL after as long a move in a random direction",
+    "baselines.steps_times_learning_rate": "length of the recipe, whatever the data",
 }
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of a table: label, value as text, its key in the record, and whether it is missing."""
+    """One line of a table: label, value as text, its key in the record, and whether it is known."""
 
     label: str
     text: str
     key: str
     known: bool = True
+
+    @property
+    def meaning(self) -> str:
+        """What the quantity says, in plain words; empty where the label says it."""
+        return MEANING.get(self.key, "")
 
 
 def rows_of(record: Record, path: str) -> list[Row]:
@@ -88,24 +104,26 @@ def everything(record: Record, curves: Sequence[Curve]) -> list[tuple[str, list[
     return [(title, rows) for title, rows in groups if rows]
 
 
-def forecast_table(curves: Sequence[Curve], flow_time: Sequence[float | None]) -> tuple[list[str], list[list[str]]]:
-    """Return header and rows (step, flow time, every curve and every single path) of the forecast."""
-    if not curves:
-        return [], []
-    header = ["Optimiser step", "Flow time"]
-    for curve in curves:
-        unit = f", {curve.unit}" if curve.unit else ""
-        header += [f"{curve.name}{unit}", *(f"{curve.name}, {path} path" for path in curve.paths)]
+def forecast_table(record: Record, curves: Sequence[Curve]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of the forecast: step, flow time, every quantity with its interval."""
+    header = ["Optimiser step", "Flow time", *(f"{c.name}, {c.unit}" if c.unit else c.name for c in curves)]
     rows = []
-    for index, step in enumerate(curves[0].steps):
-        flow = flow_time[index] if index < len(flow_time) else None
-        row = [setting_text(step), "not measured" if flow is None else text_of(flow)]
-        for curve in curves:
-            row.append(point_text(curve, index) or "not measured")
-            points = [line[index] for line in curve.paths.values()]
-            row += ["not measured" if point is None else text_of(point) for point in points]
-        rows.append(row)
+    for index, place in enumerate(curves[0].places if curves else ()):
+        flow, points = f"forecast.flow_time.{place}", [point_text(record, curve, index) for curve in curves]
+        rows.append([setting_text(curves[0].steps[index]), _column_text(record, find(record, flow), flow), *points])
     return header, rows
+
+
+def path_table(record: Record, curves: Sequence[Curve]) -> tuple[list[str], list[list[str]]]:
+    """Return header and rows of the single forecasts: step, every quantity on every path; no header without a path."""
+    lines = [(curve, path, line) for curve in curves for path, line in curve.paths.items()]
+    if not lines:
+        return [], []
+    rows = []
+    for index, place in enumerate(curves[0].places):
+        keys = [(line[index], f"forecast.paths.{path}.{curve.quantity}.{place}") for curve, path, line in lines]
+        rows.append([setting_text(curves[0].steps[index]), *(_column_text(record, *key) for key in keys)])
+    return ["Optimiser step", *(f"{curve.name}, {path}" for curve, path, _ in lines)], rows
 
 
 def layer_shares(record: Record) -> tuple[list[str], list[tuple[str, list[float | None]]]]:
@@ -113,7 +131,7 @@ def layer_shares(record: Record) -> tuple[list[str], list[tuple[str, list[float 
     held = find(record, "layers")
     layers = [layer if isinstance(layer, Mapping) else {} for layer in held] if isinstance(held, (list, tuple)) else []
     rows = []
-    for key, label in (("sensitivity", "Sensitivity"), ("margin_slope", "Margin slope"), ("parameters", "Parameters")):
+    for key, label in (("sensitivity", "Sensitivity"), ("margin_slope", "Margin slope"), ("parameters", "Parameter")):
         shares = share_of(number(layer.get(key)) for layer in layers)
         if key != "parameters" or any(share is not None for share in shares):
             rows.append((f"{label} share", shares))
@@ -129,7 +147,7 @@ def layer_table(record: Record) -> list[list[str]]:
         row = [name]
         for key, label in (("sensitivity", "Sensitivity share"), ("margin_slope", "Margin slope share")):
             share = shares[label][index]
-            row.append(show(record, f"layers.{index}.{key}"))
+            row.append(_column_text(record, find(record, f"layers.{index}.{key}"), f"layers.{index}.{key}"))
             row.append("not measured" if share is None else f"{100 * share:.1f} %")
         table.append([*row, show(record, f"layers.{index}.parameters")])
     return table
@@ -162,6 +180,22 @@ def cost_table(record: Record) -> list[list[str]]:
     ]
 
 
+def provenance_table(record: Record) -> list[list[str]]:
+    """Return where the record comes from: date, versions, machine, seed and the digests of everything read."""
+    table = [
+        ["Created", show(record, "created")],
+        ["tiltmeter", show(record, "tiltmeter")],
+        ["Seed", show(record, "seed")],
+    ]
+    for key in ("versions", "machine"):
+        held = rows_of(record, key)
+        joined = ", ".join(f"{row.key.partition('.')[2]} {row.text}" for row in held) if len(held) > 1 else held[0].text
+        table.append([words(key), joined])
+    for key, label in (("model", "Model"), ("space", "Parameters"), ("safety", "Safety set"), ("tuning", "Tuning set")):
+        table.append([f"{label}, SHA-256", show(record, f"{key}.digest")])
+    return table
+
+
 def recipe_line(record: Record) -> str:
     """Return the recipe in one line."""
     recipe = find(record, "recipe")
@@ -180,13 +214,19 @@ def recipe_line(record: Record) -> str:
     return "; ".join(parts)
 
 
+def _column_text(record: Record, held: Any, path: str) -> str:
+    """Write a number of a column, all to three digits, zeros at the end included."""
+    value = number(held)
+    return missing(record, path) if value is None else text_of(value)
+
+
 def _is_single(record: Record, key: str) -> bool:
     return key not in WITHHELD | _OWN_TABLE and isinstance(record[key], (str, int, float))
 
 
 def _walk(record: Record, held: Any, trail: tuple[str, ...], unit: str) -> Iterator[Row]:
     path = ".".join(trail)
-    label = words(" › ".join(QUANTITIES.get(key, key.replace("_", " ")) for key in trail[1:] or trail))
+    label = words(" › ".join(LABELS.get(key, key.replace("_", " ")) for key in trail[1:] or trail))
     unit = UNITS.get(path, unit)
     if trail[-1] in WITHHELD:
         yield Row(label, "withheld: prompts and generated text are never shown", path, known=False)
