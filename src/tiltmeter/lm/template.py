@@ -156,6 +156,9 @@ class Writer:
         supervised: set[int] = set()
         for start, end in marked.spans:
             inside = [i for i, token in enumerate(tokens) if start <= token.start and token.end <= end]
+            if (start, end) == (0, len(marked.text)):
+                supervised.update(inside)
+                continue
             kept = list(inside)
             while kept and tokens[kept[-1]].blank and tokens[kept[-1]].id not in self.special:
                 kept.pop()
