@@ -60,26 +60,37 @@ def follow(path: Path, steps: Sequence[int], safety_kl: Objective, negative_marg
     return PathValues(tuple(steps), torch.stack(kl), torch.stack(margin))
 
 
-def bootstrap_mean(samples: Tensor, level: float, draws: int = 2000, seed: int = 0) -> tuple[Tensor, Tensor]:
-    """Percentile interval for the mean over the last axis, [...]: low, high.
+def mean_interval(samples: Tensor, level: float) -> tuple[Tensor, Tensor]:
+    """Interval for the mean over the last axis, corrected for skewness, [...]: low, high.
+
+    KL over prompts is skewed: most prompts hardly move, a few move far. Student's interval and the percentile bootstrap
+    then miss on the high side. Here Student's quantiles apply to t + k t^2/3 + k^2 t^3/27 + k/6m (k the skewness of the
+    mean, t in standard errors over sqrt(m)), a monotone function of t whose distribution is symmetric to this order.
 
     One column gives no interval: NaN, which a caller must turn into "not measured".
+
+    Error: 90 % intervals of 2000 simulated samples held the mean of a chi-square in 83, 87, 89, 90 % for m = 4, 8, 16,
+        32 (percentile bootstrap widened by the t-quantile: 77, 80, 83, 87), of a lognormal in 83, 86, 86, 86 % (78, 79,
+        81, 85), of a normal in 89 to 90 % (89 to 90).
+    Source: Hall 1992, "On the removal of skewness by transformation", J. R. Statist. Soc. B 54.
     """
     m = samples.shape[-1]
-    if m < 2:
-        return torch.full(samples.shape[:-1], math.nan), torch.full(samples.shape[:-1], math.nan)
-    generator = torch.Generator().manual_seed(seed)
-    picks = torch.randint(m, (draws, m), generator=generator)
-    counts = torch.zeros(draws, m, dtype=torch.float64).scatter_add_(
-        1, picks, torch.ones(draws, m, dtype=torch.float64)
-    )
-    means = samples.double() @ (counts / m).T
-    tail = (1 - level) / 2
-    # Percentiles of m resampled values are too narrow by sqrt((m - 1) / m) and by the missing t-quantile.
-    widen = float(stats.t.ppf(1 - tail, m - 1) / stats.norm.ppf(1 - tail)) * math.sqrt(m / (m - 1))
     centre = samples.double().mean(-1)
-    low, high = torch.quantile(means, tail, -1), torch.quantile(means, 1 - tail, -1)
-    return centre - (centre - low) * widen, centre + (high - centre) * widen
+    if m < 2:
+        return torch.full_like(centre, math.nan), torch.full_like(centre, math.nan)
+    residual = samples.double() - centre.unsqueeze(-1)
+    width = residual.square().mean(-1).sqrt()
+    skewness = residual.pow(3).mean(-1) / width.pow(3).clamp_min(1e-300)
+    quantile = float(stats.t.ppf((1 + level) / 2, m - 1)) / math.sqrt(m - 1)
+
+    def deviation(y: float) -> Tensor:
+        """Solve t + k t^2/3 + k^2 t^3/27 + k/6m = y; the cube root in a form that has no 0/0 at k = 0."""
+        shifted = y - skewness / (6 * m)
+        inner = 1 + skewness * shifted
+        root = inner.abs().pow(1 / 3) * inner.sign()
+        return 3 * shifted / (root * root + root + 1)
+
+    return centre - width * deviation(quantile), centre - width * deviation(-quantile)
 
 
 def group_scatter(values: Tensor, level: float) -> float:
@@ -122,8 +133,12 @@ def part_ways(linear: Tensor, curved: Tensor, floor: float, tolerance: float = P
         curved: along the curved one.
         floor: differences below this are below what matters or can be measured.
         tolerance: share of the larger change.
+
+    A prediction that is not finite has parted.
     """
-    return (linear - curved).abs() > (tolerance * torch.maximum(linear.abs(), curved.abs())).clamp_min(floor)
+    apart = (linear - curved).abs() > (tolerance * torch.maximum(linear.abs(), curved.abs())).clamp_min(floor)
+    # Comparisons with NaN are false and inf > 0.35 inf is false too: an exploded path would seem to agree.
+    return apart | ~torch.isfinite(linear) | ~torch.isfinite(curved)
 
 
 def horizon(steps: Sequence[int], parted: Tensor) -> int:
@@ -136,7 +151,7 @@ def horizon(steps: Sequence[int], parted: Tensor) -> int:
     return out
 
 
-def combine(per_prompt: Tensor, level: float, batch_reach: Tensor, gap: Tensor, seed: int = 0) -> Curve:
+def combine(per_prompt: Tensor, level: float, batch_reach: Tensor, gap: Tensor) -> Curve:
     """Mean over prompts with an interval for prompts, tuning batches and the choice of path together.
 
     Args:
@@ -144,10 +159,9 @@ def combine(per_prompt: Tensor, level: float, batch_reach: Tensor, gap: Tensor, 
         level: of the interval.
         batch_reach: [s], half-width that comes from the finite tuning sample.
         gap: [s], signed difference other path - this path; the interval is stretched to that side.
-        seed: of the bootstrap.
     """
     value = per_prompt.mean(-1)
-    low, high = bootstrap_mean(per_prompt, level, seed=seed)
+    low, high = mean_interval(per_prompt, level)
     below = ((value - low).square() + batch_reach.square()).sqrt() + (-gap).clamp_min(0)
     above = ((high - value).square() + batch_reach.square()).sqrt() + gap.clamp_min(0)
     return Curve(value, value - below, value + above)
@@ -156,7 +170,8 @@ def combine(per_prompt: Tensor, level: float, batch_reach: Tensor, gap: Tensor, 
 def first_crossing(steps: Sequence[int], values: Tensor, budget: float, *, rising: bool) -> float | None:
     """Step at which a curve [s] first passes a budget, linear between evaluated steps; None if it never does.
 
-    The curve is taken to start at step 0 from its own first value's side of the budget.
+    The curve is taken to start at step 0 from its own first value's side of the budget. Values that are not a number
+    are passed over.
     """
     beyond = values > budget if rising else values < budget
     previous: tuple[float, float | None] = (0.0, None)
@@ -165,8 +180,9 @@ def first_crossing(steps: Sequence[int], values: Tensor, budget: float, *, risin
             before, was = previous
             if was is None:
                 return float(step)
-            return before + (step - before) * (budget - was) / (value - was)
-        previous = (float(step), value)
+            return float(before + (step - before) * (budget - was) / (value - was))
+        if not math.isnan(value):
+            previous = (float(step), value)
     return None
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from scipy import stats
 
-from tiltmeter.geometry.forecast import bootstrap_mean
+from tiltmeter.geometry.forecast import mean_interval
 
 
 @dataclass(frozen=True)
@@ -51,8 +51,8 @@ def share(hits: int, n: int, unscored: int = 0, level: float = 0.9) -> Measureme
     return Measurement(hits / n, float(interval.low), float(interval.high), n, unscored, "share")
 
 
-def mean(values: Sequence[float], unit: str, level: float = 0.9, seed: int = 0) -> Measurement:
-    """A mean with a bootstrap interval over items; values that are not finite count as unscored."""
+def mean(values: Sequence[float], unit: str, level: float = 0.9) -> Measurement:
+    """A mean with an interval over items, corrected for skewness; values that are not finite count as unscored."""
     scored = [value for value in values if math.isfinite(value)]
     unscored = len(values) - len(scored)
     if not scored:
@@ -60,5 +60,5 @@ def mean(values: Sequence[float], unit: str, level: float = 0.9, seed: int = 0) 
     centre = sum(scored) / len(scored)
     if len(scored) < 2:
         return Measurement(centre, None, None, 1, unscored, unit, "one item gives no interval")
-    low, high = bootstrap_mean(torch.tensor([scored], dtype=torch.float64), level, seed=seed)
+    low, high = mean_interval(torch.tensor([scored], dtype=torch.float64), level)
     return Measurement(centre, float(low[0]), float(high[0]), len(scored), unscored, unit)
