@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -47,5 +48,6 @@ class Clock:
 
     def grid(self, points: int) -> list[int]:
         """At most `points` steps from 1 to the last, about evenly spaced in the logarithm."""
-        spread = torch.logspace(0, torch.tensor(float(self.steps)).log10().item(), points, dtype=torch.float64)
+        # the end point is added by name: rounding may miss it, and in float32 it once lay beyond the last step
+        spread = torch.logspace(0, math.log10(self.steps), points, dtype=torch.float64)[:-1]
         return sorted({int(step) for step in spread.round()} | {self.steps})
