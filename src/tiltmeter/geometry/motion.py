@@ -63,10 +63,13 @@ def measure_slope(
 
     Raises:
         NumericalError: a gradient is not finite.
+        DegenerateError: there is no batch.
 
     Cost: one forward+backward over all examples; memory 3 + groups vectors (groups in bfloat16 when n is large).
     """
     count = batches.shape[0]
+    if count == 0:
+        raise DegenerateError("expected at least one tuning batch, got none")
     sizes = torch.tensor_split(torch.arange(count), min(groups, count))
     mean = square = None
     kept, weights, norms = [], [], []
@@ -88,8 +91,8 @@ def measure_slope(
         mean = total.clone() if mean is None else mean.add_(total)
         kept.append(total.div_(len(members)).to(torch.bfloat16 if total.numel() > 2**25 else total.dtype))
         weights.append(batches[members].mean(0))
-    if mean is None or square is None:
-        raise DegenerateError("expected at least one tuning batch, got none")
+    assert mean is not None
+    assert square is not None
     mean.div_(count)
     spread = square.div_(count).addcmul_(mean, mean, value=-1).clamp_min_(0).sqrt_()
     if count == 1:
