@@ -11,7 +11,8 @@ from torch import Tensor
 from tiltmeter.errors import NumericalError
 from tiltmeter.geometry.space import dot, norm
 
-#: A residual this small against the largest coefficient means the Krylov space is complete.
+#: A residual this small against the largest coefficient means the Krylov space is complete (at least ten roundings: the
+#: residual of a complete space is rounding noise, which in float32 would otherwise be taken for a direction).
 BREAKDOWN = 1e-10
 
 
@@ -72,6 +73,7 @@ def lanczos(matvec: Callable[[Tensor], Tensor], start: Tensor, k: int) -> Krylov
     if not start_norm > 0:
         raise NumericalError("cannot start Lanczos: the starting vector is zero or not finite")
     basis = [start / start_norm]
+    complete = max(BREAKDOWN, 10 * torch.finfo(start.dtype).eps)
     diagonal: list[float] = []
     off: list[float] = []
     while True:
@@ -84,7 +86,7 @@ def lanczos(matvec: Callable[[Tensor], Tensor], start: Tensor, k: int) -> Krylov
         if not residual < float("inf"):
             raise NumericalError("a Hessian-vector product is not finite; lower the step or use float32")
         scale = max(abs(x) for x in [*diagonal, *off]) or 1.0
-        if len(basis) == k or residual <= BREAKDOWN * scale:
+        if len(basis) >= min(k, start.numel()) or residual <= complete * scale:
             break
         off.append(residual)
         basis.append(image.div_(residual))
