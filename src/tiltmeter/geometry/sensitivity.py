@@ -215,6 +215,8 @@ def split_half_overlap(gram: Tensor, rank: int, splits: int, seed: int = 0) -> T
 
     Answers how much of the subspace is the sample: 1 for identical subspaces, rank/n for unrelated ones.
     Needs no gradient: V_A' V_B = C_A' K_AB C_B.
+    Where a half determines fewer than `rank` directions, the mean is over those it has: missing ones would otherwise
+    pass for unrelated. A half that determines none gives NaN.
     """
     m = gram.shape[0]
     generator = torch.Generator().manual_seed(seed)
@@ -223,8 +225,9 @@ def split_half_overlap(gram: Tensor, rank: int, splits: int, seed: int = 0) -> T
         order = torch.randperm(m, generator=generator)
         left, right = order[: m // 2], order[m // 2 :]
         bases = [spectrum_of(gram[half][:, half])[1][:, :rank] for half in (left, right)]
+        determined = min(int((basis != 0).any(0).sum()) for basis in bases)
         cosines = bases[0].T @ gram[left][:, right].double() @ bases[1]
-        out.append(cosines.square().sum() / rank)
+        out.append(cosines.square().sum() / determined)
     return torch.stack(out)
 
 
