@@ -20,8 +20,7 @@ def adapter_folder(name: str) -> Path | None:
     """The folder of an adapter, downloaded if it is on the hub; None if the name is not one of an adapter."""
     folder = Path(name).expanduser()
     if folder.exists():
-        # A folder that also holds whole weights is a model: some trainers leave both.
-        return folder if (folder / CONFIG).is_file() and not any(folder.glob("model*.safetensors")) else None
+        return folder if (folder / CONFIG).is_file() else None
     from huggingface_hub import snapshot_download
     from transformers.utils import find_adapter_config_file
 
@@ -34,7 +33,7 @@ def adapter_folder(name: str) -> Path | None:
 
 
 def base_of(folder: Path) -> str:
-    """The base that an adapter names; a relative path may start where we are, or at the adapter.
+    """The base that an adapter names; a relative path may start at the adapter, or where we are.
 
     Raises: ModelError: the adapter names none, or itself.
     """
@@ -44,7 +43,7 @@ def base_of(folder: Path) -> str:
         raise cannot(str(folder / CONFIG), error) from error
     if not isinstance(base, str) or not base:
         raise ModelError(f"the adapter {folder} does not name its base; give the base as the model, and it as adapter")
-    for place in (Path(base).expanduser(), folder / base):
+    for place in (folder / base, Path(base).expanduser()):
         if place.exists():
             if place.resolve() == folder.resolve():
                 raise ModelError(f"the adapter {folder} names itself as its base")
