@@ -34,7 +34,8 @@ def exact_kl(probability: Tensor, change: Tensor) -> Tensor:
 def rotation(n: int, seed: int) -> Tensor:
     """A random orthogonal matrix [n, n], so that nothing stands along the axes."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.linalg.qr(torch.randn(n, n, dtype=DOUBLE, generator=generator))[0]
+    frame: Tensor = torch.linalg.qr(torch.randn(n, n, dtype=DOUBLE, generator=generator))[0]
+    return frame
 
 
 def batches(count: int) -> Tensor:
@@ -44,13 +45,13 @@ def batches(count: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Quadratic:
-    """Fine-tuning loss of B examples, L_i = (g + n_i)' x + x'(H + N_i) x / 2, with noise that adds up to zero.
+    """Fine-tuning loss of B examples, L_i = (g + n_i)' x + x'(H + N_i) x / 2.
 
     Attributes:
         slope: g [n], nats per parameter unit.
         hessian: H [n, n], symmetric.
-        slope_noise: n_i [B, n].
-        hessian_noise: N_i [B, n, n].
+        slope_noise: n_i [B, n], what sets an example's gradient apart.
+        hessian_noise: N_i [B, n, n], symmetric.
     """
 
     slope: Tensor
@@ -91,7 +92,8 @@ class Quadratic:
         exponent = -flow_time * values
         safe = torch.where(values == 0, torch.ones_like(values), values)
         gain = torch.where(values == 0, torch.full_like(values, -flow_time), torch.expm1(exponent) / safe)
-        return vectors @ (gain * (vectors.T @ self.slope))
+        out: Tensor = vectors @ (gain * (vectors.T @ self.slope))
+        return out
 
     def descent(self, rates: Sequence[float], momentum: float = 0.0) -> Tensor:
         """Gradient descent stepped one by one with dense matrices: positions [steps + 1, n]."""
@@ -191,4 +193,5 @@ def orthogonal_slope(model: CurvedSoftmax, seed: int) -> Tensor:
     g = torch.randn(n, dtype=DOUBLE, generator=generator)
     scores = model.scores(torch.zeros(n, dtype=DOUBLE)).reshape(-1, n)
     g = g - torch.linalg.pinv(scores, rtol=1e-10) @ (scores @ g)
-    return g / g.norm()
+    unit: Tensor = g / g.norm()
+    return unit

@@ -113,7 +113,7 @@ class Saddle:
     def cross(self) -> float:
         """Cov(phi_1, phi_2): coefficient of t^3 in 2 u."""
         one, two, turn, twist = self._derivatives
-        return one * (turn + self.sharpness**0.5 * self.curvature * self.bend) + two * twist
+        return float(one * (turn + self.sharpness**0.5 * self.curvature * self.bend) + two * twist)
 
     @property
     def coupling(self) -> float:
@@ -125,7 +125,7 @@ class Saddle:
     def full(self) -> float:
         """Gamma^2, with the curvature of the log-probabilities."""
         turn, twist = self._derivatives[2:]
-        return (turn + self.sharpness**0.5 * self.curvature * self.bend) ** 2 + twist**2
+        return float((turn + self.sharpness**0.5 * self.curvature * self.bend) ** 2 + twist**2)
 
 
 def _integral(rate: float, t: float) -> float:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Literal
 
 import torch
@@ -18,6 +20,7 @@ from tiltmeter.geometry.motion import (
 )
 from tiltmeter.geometry.objective import FunctionObjective, SoftmaxObjective
 from tiltmeter.geometry.systems import batches
+from tiltmeter.geometry.systems_saddle import Saddle
 
 #: Where a claim comes from.
 AIC = "Springer et al. 2026, arXiv:2602.15799"
@@ -77,7 +80,7 @@ class Claim:
             "system": self.system,
             "scales": list(self.scales),
             "expected": list(self.expected),
-            "found": list(self.found),
+            "found": [value if math.isfinite(value) else None for value in self.found],
             "relation": self.relation,
             "tolerance": self.tolerance,
             "holds": self.holds,
@@ -86,7 +89,8 @@ class Claim:
     def line(self) -> str:
         """One line for people."""
         pairs = ", ".join(f"{f:.6g} {self.relation} {e:.6g}" for e, f in zip(self.expected, self.found, strict=True))
-        return f"{self.id:<24} {'holds' if self.holds else 'FAILS'}  {self.statement} [found {self.relation} expected: {pairs}]"
+        verdict = "holds" if self.holds else "FAILS"
+        return f"{self.id:<24} {verdict}  {self.statement} [found {self.relation} expected: {pairs}]"
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,12 @@ def measure(tuning: FunctionObjective, safety: SoftmaxObjective, groups: int = 4
     slope = measure_slope(tuning, batches(tuning.m), groups=groups)
     acceleration = measure_acceleration(tuning, slope)
     return Motion(slope, acceleration, measure_coupling(safety, slope, acceleration))
+
+
+@lru_cache(maxsize=64)
+def measure_saddle(system: Saddle) -> Motion:
+    """The same for a system solved by hand; many claims look at one system."""
+    return measure(system.tuning.objective, system.safety)
 
 
 def limit(function: Callable[[float], float], start: float) -> float:

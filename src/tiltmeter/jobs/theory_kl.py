@@ -30,7 +30,8 @@ def kl_claims(seed: int) -> list[Claim]:
 def _direction(n: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     v = torch.randn(n, dtype=DOUBLE, generator=generator)
-    return v / v.norm()
+    unit: Tensor = v / v.norm()
+    return unit
 
 
 def _hessian(seed: int) -> Claim:
@@ -42,7 +43,7 @@ def _hessian(seed: int) -> Claim:
         "kl-hessian",
         "The Hessian of the safety KL at the anchor is the Fisher matrix E[s s'], curved logits or not.",
         f"{AIC}, section 3",
-        "random curved softmax, 3 prompts; v'Fv from score outer products against the Hessian product; scale = sharpness",
+        "random curved softmax, 3 prompts; v'Fv from score products against the Hessian product; scale = sharpness",
         **each(pair),
         tolerance=1e-10,
     )

@@ -7,10 +7,11 @@ import math
 import torch
 
 from tiltmeter.geometry.forecast import local_exponent
+from tiltmeter.geometry.motion import measure_acceleration, measure_slope
 from tiltmeter.geometry.sensitivity import measure_sensitivity
-from tiltmeter.geometry.systems import DOUBLE, CurvedSoftmax, Quadratic, orthogonal_slope, score_objective
+from tiltmeter.geometry.systems import DOUBLE, CurvedSoftmax, Quadratic, batches, orthogonal_slope, score_objective
 from tiltmeter.geometry.systems_saddle import Saddle
-from tiltmeter.jobs.theory_claim import AIC, OURS, Claim, each, limit, measure
+from tiltmeter.jobs.theory_claim import AIC, OURS, Claim, each, limit, measure, measure_saddle
 
 EIGENVALUES = (2.0, 1.0, -0.5, 0.3, 0.0, 1.5, -1.0, 0.7)
 
@@ -46,8 +47,7 @@ def _velocity(seed: int) -> Claim:
         system = Quadratic.quiet(system.slope, scale * system.hessian)
         start = 1e-3 / scale
         exact = limit(lambda t: float(test @ (system.displacement(t) - system.displacement(-t))) / (2 * t), start)
-        motion = measure(system.objective, CurvedSoftmax.random(1, 3, 8, seed).safety)
-        return exact, float(test @ -motion.slope.mean)
+        return exact, float(test @ -measure_slope(system.objective, batches(4)).mean)
 
     return Claim(
         "path-velocity",
@@ -65,8 +65,8 @@ def _acceleration(seed: int) -> Claim:
         system = Quadratic.quiet(system.slope, scale * system.hessian)
         start = 1e-2 / scale
         exact = limit(lambda t: float(test @ (system.displacement(t) + system.displacement(-t))) / t**2, start)
-        motion = measure(system.objective, CurvedSoftmax.random(1, 3, 8, seed).safety)
-        return exact, float(test @ motion.acceleration.value)
+        slope = measure_slope(system.objective, batches(4))
+        return exact, float(test @ measure_acceleration(system.objective, slope).value)
 
     return Claim(
         "path-acceleration",
@@ -83,7 +83,7 @@ def _drift() -> Claim:
         system = Saddle(curvature=3.0, sharpness=scale, own=0.5)
         sensitivity = measure_sensitivity(score_objective(system.safety), 1)
         drift = limit(lambda t: math.sqrt(scale) * abs(system.position(t)[0]) / t**2, 1e-3)
-        motion = measure(system.tuning.objective, system.safety)
+        motion = measure_saddle(system)
         weighted = sensitivity.energy(sensitivity.coordinates(motion.acceleration.value))
         return drift, math.sqrt(2 * float(weighted)) / 2
 
@@ -101,7 +101,7 @@ def _quartic_bent() -> Claim:
     def pair(scale: float) -> tuple[float, float]:
         system = Saddle(curvature=2.0, sharpness=scale, own=0.5, bend=1.5)
         exact = limit(lambda t: system.kl(t) / t**4, 0.02 / math.sqrt(max(1.0, scale)))
-        return exact, measure(system.tuning.objective, system.safety).law(1.0)
+        return exact, measure_saddle(system).law(1.0)
 
     return Claim(
         "quartic-onset",
@@ -136,7 +136,7 @@ def _quartic_flat() -> Claim:
     def pair(scale: float) -> tuple[float, float]:
         system = Saddle(curvature=scale, sharpness=5.0)
         exact = limit(lambda t: system.kl(t) / t**4, 0.02 / scale)
-        coupling = measure(system.tuning.objective, system.safety).coupling
+        coupling = measure_saddle(system).coupling
         return exact, float(coupling.coupling.mean()) / 8
 
     return Claim(
@@ -152,7 +152,7 @@ def _quartic_flat() -> Claim:
 def _ratio() -> Claim:
     def pair(scale: float) -> tuple[float, float]:
         system = Saddle(curvature=2.0, sharpness=scale, own=0.3, bend=1.5)
-        coupling = measure(system.tuning.objective, system.safety).coupling
+        coupling = measure_saddle(system).coupling
         return system.full / system.coupling, float(coupling.full / coupling.coupling)
 
     return Claim(
@@ -172,7 +172,7 @@ def _cancelling(scale: float) -> Saddle:
 def _counterexample_coupling() -> Claim:
     def pair(scale: float) -> tuple[float, float]:
         system = _cancelling(scale)
-        coupling = measure(system.tuning.objective, system.safety).coupling
+        coupling = measure_saddle(system).coupling
         return 2.0 * (1.3 * scale) ** 2, float(coupling.coupling.mean())
 
     return Claim(
@@ -188,7 +188,7 @@ def _counterexample_coupling() -> Claim:
 def _counterexample_full() -> Claim:
     def pair(scale: float) -> tuple[float, float]:
         system = _cancelling(scale)
-        coupling = measure(system.tuning.objective, system.safety).coupling
+        coupling = measure_saddle(system).coupling
         return 0.0, float(coupling.full.mean() / coupling.coupling.mean())
 
     return Claim(
@@ -241,7 +241,7 @@ def _once_weighted() -> Claim:
     def pair(scale: float) -> tuple[float, float]:
         system = Saddle(curvature=1.5, sharpness=scale)
         t = 2e-3 / math.sqrt(max(1.0, scale))
-        return 1.0, measure(system.tuning.objective, system.safety).law(t) / system.kl(t)
+        return 1.0, measure_saddle(system).law(t) / system.kl(t)
 
     return Claim(
         "lambda-once",
@@ -258,7 +258,7 @@ def _rival() -> Claim:
         system = Saddle(curvature=1.5, sharpness=scale)
         t = 2e-3 / math.sqrt(max(1.0, scale))
         sensitivity = measure_sensitivity(score_objective(system.safety), 1)
-        gamma_squared = float(measure(system.tuning.objective, system.safety).coupling.coupling.mean())
+        gamma_squared = float(measure_saddle(system).coupling.coupling.mean())
         rival = float(sensitivity.eigenvalues[-1]) * gamma_squared * t**4 / 8
         return scale, rival / system.kl(t)
 
