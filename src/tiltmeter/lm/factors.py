@@ -19,8 +19,12 @@ from torch import Tensor
 
 from tiltmeter.geometry.space import PIECE
 
-#: Floating point operations that take as long as moving one float32 through memory, in the choice of a route.
-_MOVE = 64
+#: Gradients are formed in so many bytes on a CPU, where larger pieces fall out of its cache and take twice as long.
+_CACHE = 2**23
+
+#: Multiplications that take as long as one entry of a ghost product, or of a gradient, takes for moving it through
+#: memory, in the choice of a route; measured on a CPU.
+_GHOST_ENTRY, _GRADIENT_ENTRY = 200, 16
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -127,6 +131,8 @@ class Pieces:
         """The products from the gradients, a few rows of the parameter at a time."""
         like = wide(factors[0].right)
         r, c = self.shape
+        if like.device.type == "cpu":
+            chunk_bytes = min(chunk_bytes, _CACHE)
         step = min(r, max(1, chunk_bytes // (m * c * like.element_size())))
         buffer, products = like.new_empty(m * step * c), torch.zeros(m, m, dtype=torch.float64)
         for start in range(0, r, step):
@@ -158,7 +164,7 @@ def _ghost_is_cheaper(factors: Sequence[Factor], m: int) -> bool:
     if not factors:
         return True
     positions, r, c = sum(f.positions for f in factors), factors[0].left.shape[-1], factors[0].right.shape[-1]
-    return positions**2 * (r + c + _MOVE) < (positions + m**2 + m * _MOVE) * r * c
+    return positions**2 * (r + c + _GHOST_ENTRY) < (positions + m**2 + m * _GRADIENT_ENTRY) * r * c
 
 
 def _add_ghost(products: Tensor, one: Factor, other: Factor, chunk_bytes: int) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -18,6 +18,7 @@ from tiltmeter.errors import DataError, NumericalError, SpaceMismatch, Unsupport
 from tiltmeter.lm.conversation import Batch
 from tiltmeter.lm.factors import wide
 from tiltmeter.lm.layers import Recorder
+from tiltmeter.lm.model import undisturbed
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -80,13 +81,12 @@ def gram(
     _check(model, batches, parameters)
     data = [(batch.tokens, batch.labels) for batch in batches]
     blocks: dict[str, Tensor] = {}
-    with _undisturbed(model):
-        for group in _groups(model, data, parameters, store_bytes):
+    for group in _groups(model, data, parameters, store_bytes):
+        found = _sweep(model, data, loss, group, chunk_bytes)
+        if found is None:
+            data = [(t[i : i + 1], y[i : i + 1]) for t, y in data for i in range(len(t))]
             found = _sweep(model, data, loss, group, chunk_bytes)
-            if found is None:
-                data = [(t[i : i + 1], y[i : i + 1]) for t, y in data for i in range(len(t))]
-                found = _sweep(model, data, loss, group, chunk_bytes)
-            blocks |= found or {}
+        blocks |= found or {}
     if not blocks:
         raise UnsupportedModel(f"the losses do not depend on {next(iter(parameters))} or any other of the parameters")
     m = sum(len(tokens) for tokens, _ in data)
@@ -154,27 +154,27 @@ def _check(model: Any, batches: Sequence[Batch], parameters: Mapping[str, nn.Par
 
 
 @contextmanager
-def _undisturbed(model: Any) -> Iterator[None]:
-    """Evaluation mode, and afterwards everything as before: modes, which parameters train, random numbers."""
-    modes = [(module, module.training) for module in model.modules()]
-    trained = [(p, p.requires_grad) for p in model.parameters()]
+def _recorded(model: Any, parameters: Mapping[str, nn.Parameter], recorder: Recorder) -> Iterator[None]:
+    """Work on the model as it is evaluated, with gradients to these parameters alone, and leave no trace.
+
+    Checkpointing layers work as such in training mode only, so they are put there; the modules in them are not. What
+    they run again on the way back has to be recorded as it was the first time.
+    """
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
-    functions = [(layer, layer._gradient_checkpointing_func) for layer in layers]
-    devices = {p.device.index or 0 for p, _ in trained if p.device.type == "cuda"}
-    try:
-        model.eval()
-        for layer in layers:
-            layer.training = True  # of the layer itself: its dropout modules stay off
-            layer._gradient_checkpointing_func = partial(checkpoint, use_reentrant=False)
-        with torch.random.fork_rng(devices), torch.enable_grad():
+    functions = [layer._gradient_checkpointing_func for layer in layers]
+    again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), recorder))
+    chosen = {id(p) for p in parameters.values()}
+    with undisturbed(model), torch.enable_grad():
+        try:
+            for layer in layers:
+                layer.training, layer._gradient_checkpointing_func = True, again
+            for p in model.parameters():
+                p.requires_grad_(id(p) in chosen)
             yield
-    finally:
-        for layer, function in functions:
-            layer._gradient_checkpointing_func = function
-        for module, mode in modes:
-            module.training = mode
-        for p, mode in trained:
-            p.requires_grad_(mode)
+        finally:
+            recorder.pieces.clear()
+            for layer, function in zip(layers, functions, strict=True):
+                layer._gradient_checkpointing_func = function
 
 
 def _factor_bytes(model: Any, p: nn.Parameter, tokens: int, supervised: int) -> int:
@@ -216,31 +216,30 @@ def _sweep(
     chunk_bytes: int,
 ) -> dict[str, Tensor] | None:
     """One pass over all batches for some parameters; None if it has to be made one example at a time."""
-    chosen = {id(p) for p in parameters.values()}
-    for p in model.parameters():
-        p.requires_grad_(id(p) in chosen)
-    m = sum(len(tokens) for tokens, _ in data)
+    m, first = sum(len(tokens) for tokens, _ in data), 0
     blocks: dict[str, Tensor] = {}
 
     def finish(name: str) -> None:
         blocks[name] = recorder.pieces.pop(name).gram(m, chunk_bytes)
 
-    recorder, first = Recorder(parameters, m, finish), 0
-    for index, (tokens, labels) in enumerate(data):
-        with recorder:
+    recorder = Recorder(parameters, m, finish)
+    with _recorded(model, parameters, recorder):
+        for index, (tokens, labels) in enumerate(data):
             recorder.begin(first, len(tokens), last=index == len(data) - 1)
-            losses = _losses(model, tokens, labels, loss)
+            with recorder:
+                losses = _losses(model, tokens, labels, loss)
             odd = recorder.reached(losses)
             if odd and len(tokens) > 1:
                 return None
             recorder.end_forward(odd)
-            leaves = [recorder.anchor, *(parameters[name] for name in odd)]
-            found = torch.autograd.grad(losses.sum(), leaves, allow_unused=True) if losses.requires_grad else ()
-        for name, gradient in zip(odd, found[1:], strict=True):
-            recorder.add_rows(name, wide(gradient).reshape(1, -1))
-        first += len(tokens)
-    for name in recorder.used & recorder.pieces.keys():
-        finish(name)
+            if losses.requires_grad:
+                leaves = [recorder.anchor, *(parameters[name] for name in odd)]
+                found = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)[1:]
+                for name, gradient in zip(odd, found, strict=True):
+                    recorder.add_rows(name, wide(gradient).reshape(1, -1))
+            first += len(tokens)
+        for name in recorder.used & recorder.pieces.keys():
+            finish(name)
     return blocks
 
 
