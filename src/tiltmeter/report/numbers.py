@@ -59,18 +59,21 @@ def interval_parts(value: float, low: float, high: float) -> tuple[str, str, str
     """Write value, low and high to the same digit, and the power of ten all three are to be multiplied by, if any."""
     trio = (value, low, high)
     largest = max(map(abs, trio))
-    if largest == 0 or (largest < 1e15 and all(part.is_integer() for part in trio)):
+    if largest < 1e-300 or (largest < 1e15 and all(part.is_integer() for part in trio)):
         return text_of(value), text_of(low), text_of(high), ""
     exponent = 0 if _is_plain(largest) else math.floor(math.log10(largest))
-    trio = (value / 10.0**exponent, low / 10.0**exponent, high / 10.0**exponent)
-    largest, half = max(map(abs, trio)), max(trio[2] - trio[0], trio[0] - trio[1])
+    scaled = [part / 10.0**exponent for part in trio]
+    half = max(scaled[2] - scaled[0], scaled[0] - scaled[1])
     decimals = _decimals(half, 2) if half > 0 else 0
+    largest = max(map(abs, scaled))
     decimals = min(max(decimals, _decimals(largest, 2)), _decimals(largest, 4))
     # A value too small for the last digit is written out: rounded away it would read as nothing at all.
-    texts = [
-        _plain(part, decimals) if part == 0 or abs(part) >= 0.5 * 10**-decimals else text_of(part, 2) for part in trio
-    ]
-    return texts[0], texts[1], texts[2], f"×{_power(exponent)}" if exponent else ""
+    tiny = [part != 0 and abs(part) < 0.5 * 10**-decimals for part in scaled]
+    power = f"×{_power(exponent)}" if exponent and not any(tiny) else ""
+    if exponent and not power:
+        return text_of(value), text_of(low), text_of(high), ""
+    texts = [text_of(part, 2) if small else _plain(part, decimals) for part, small in zip(scaled, tiny, strict=True)]
+    return texts[0], texts[1], texts[2], power
 
 
 def share_of(values: Iterable[float | None]) -> list[float | None]:
@@ -89,7 +92,8 @@ def _power(exponent: int) -> str:
 
 
 def _decimals(value: float, digits: int) -> int:
-    return max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    exponent = int(f"{abs(value):.{digits - 1}e}".partition("e")[2])  # of the rounded value: 0.0099999 is 0.0100
+    return max(0, digits - 1 - exponent)
 
 
 def _plain(value: float, decimals: int) -> str:

@@ -78,7 +78,7 @@ def draw_forecast(curve: Curve, colours: Sequence[str], name: str) -> Markup:
         axes = figure.subplots()
         scale = scale_of([curve])
         _draw_curve(axes, curve, scale, colours)
-        axes.set_title(f"{curve.name}, {curve.unit}" if curve.unit else curve.name, pad=18)
+        axes.set_title(_title(curve), pad=18)
         axes.set_xlabel("optimiser step" + (" (both axes logarithmic)" if scale.log else ""))
         if curve.horizon is not None and not curve.claimed_to_the_end:
             note = f"not claimed beyond step {setting_text(curve.horizon)}"
@@ -98,7 +98,7 @@ def draw_small(curves: Sequence[Curve | None], scales: Sequence[Scale], colours:
                 axes.text(0.5, 0.5, "not measured", transform=axes.transAxes, ha="center", color=svg.MUTED)
                 continue
             _draw_curve(axes, curve, scale, colours, notes=False)
-            axes.set_title(f"{curve.name}, {curve.unit}", size=10.5)
+            axes.set_title(_title(curve), size=10.5)
         return finish(name, "Small forecasts on common scales; the numbers are in the comparison table.")
 
 
@@ -163,11 +163,21 @@ def draw_layers(rows: Sequence[tuple[str, Sequence[float | None]]], layers: Sequ
         axes.set_ylim(len(rows), 0)
         axes.set_yticks([row + 0.5 for row in range(len(rows))], [label for label, _ in rows])
         shown = range(0, len(layers), max(1, math.ceil(len(layers) / 45)))
-        axes.set_xticks([column + 0.5 for column in shown], [layers[column] for column in shown])
+        axes.set_xticks([column + 0.5 for column in shown], [_plain(layers[column]) for column in shown])
         axes.tick_params(axis="x", rotation=0 if _short(layers) else 90)
         axes.tick_params(length=0, labelcolor=svg.INK)
         axes.spines[:].set_visible(False)
         return finish(name, "Heat map of shares by layer; the numbers are in the table of layers.")
+
+
+def _title(curve: Curve) -> str:
+    return _plain(f"{curve.name}, {curve.unit}" if curve.unit else curve.name)
+
+
+def _plain(text: str) -> str:
+    """Make any text fit to be measured and drawn: one line, not endless, and without the halves of characters."""
+    text = " ".join(text.encode("utf-8", "replace").decode().split())
+    return text if len(text) <= 48 else f"{text[:47]}…"
 
 
 def _short(layers: Sequence[str]) -> bool:
