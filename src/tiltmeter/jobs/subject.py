@@ -124,6 +124,10 @@ class Subject:
         """Model and tokenizer."""
         return self.opened.loaded
 
+    def layer_of(self, parameter: str) -> str:
+        """Part of the model that a parameter is in."""
+        return per_layer_name(parameter)
+
 
 def with_lora(opened: Opened, lora: Lora | None, seed: int) -> Opened:
     """The model with the parameters that the recipe trains marked as trainable: a fresh LoRA adapter, or all."""
@@ -148,7 +152,7 @@ def measure_subject(
     *,
     safety: SafetySet | None = None,
     report: Report = silent,
-    listener: Callable[[], None] | None = None,
+    listen: Callable[[Passes], None] | None = None,
 ) -> Subject:
     """Measure what does not depend on the tuning set.
 
@@ -159,7 +163,7 @@ def measure_subject(
         options: how much to measure.
         safety: the tokenised safety set, if it was prepared before (a model at B = 0 answers as its base does).
         report: told of every stage.
-        listener: called after every pass.
+        listen: given the pass counts before the first pass.
 
     Raises:
         DegenerateError: the prompts do not determine `options.rank` directions.
@@ -168,7 +172,9 @@ def measure_subject(
     """
     begin = time.perf_counter()
     loaded = opened.loaded
-    forward = Forward(loaded.model, trainable(loaded.model), Passes(listener=listener))
+    forward = Forward(loaded.model, trainable(loaded.model))
+    if listen is not None:
+        listen(forward.passes)
     hessian: Literal["exact", "difference"] = "exact" if forward.space.size <= LARGE else "difference"
     if safety is None:
         report("answers of the aligned model")

@@ -137,7 +137,9 @@ class DivergenceObjective:
     def _forms(self, derive: Callable[[Logits, int], Tensor], k: int) -> Tensor:
         """Covariance over the vocabulary at every position, averaged over each response's positions."""
         out = torch.zeros(self.m, k, k, dtype=torch.float64)
-        with torch.no_grad(), second_order():
+        # Gradient mode stays on: without it silu's derivative has no forward derivative of its own. Nothing here requires
+        # a gradient, so no graph is kept.
+        with torch.enable_grad(), second_order():
             for (members, batch), reference in zip(self.inner.chunks, self.log_probability, strict=True):
                 supervised = _supervised(batch)
 

@@ -1,0 +1,201 @@
+"""The command line: parse, call one job, store, print ten lines. Results go to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from tiltmeter import __version__
+from tiltmeter.errors import InputError, TiltmeterError
+
+app = typer.Typer(
+    name="tiltmeter",
+    help="Predict, watch and prevent the collapse of safety alignment under fine-tuning.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+err = Console(stderr=True, highlight=False, soft_wrap=True)
+
+#: Exit code when a budget is forecast or measured to be exceeded.
+OVER_BUDGET = 3
+
+
+def main() -> None:
+    """Entry point: every error that is raised on purpose becomes one line and its exit code."""
+    try:
+        app()
+    except TiltmeterError as error:
+        err.print(f"[bold red]{type(error).__name__}[/]: ", end="")
+        err.print(str(error), markup=False)
+        sys.exit(error.exit_code)
+
+
+@app.callback(invoke_without_command=True)
+def root(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+    """Predict, watch and prevent the collapse of safety alignment under fine-tuning."""
+    if version:
+        print(f"tiltmeter {__version__}")
+        raise typer.Exit
+
+
+@contextmanager
+def progress_bar() -> Iterator[Any]:
+    """A bar on stderr that follows the counted passes; yields an object with `report`, `announce` and `listener`."""
+    from tiltmeter.commands import Ticker
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
+    with Progress(*columns, TimeElapsedColumn(), console=err, transient=True) as progress:
+        yield Ticker(progress, err)
+
+
+@app.command()
+def assess(
+    model: Annotated[str, typer.Argument(help="Aligned model: hub id, folder, .gguf, adapter folder or demo:NAME.")],
+    safety: Annotated[str, typer.Option(help="Safety prompts: file, hub id or demo:NAME.")],
+    tuning: Annotated[str, typer.Option(help="Tuning data: file, hub id or demo:NAME.")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for record, arrays and page.")] = None,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML of TrainingArguments, with an optional section lora.")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows per optimiser step.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw or sgd.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="Learning-rate schedule, as transformers names it.")] = None,
+    momentum: Annotated[float | None, typer.Option(help="Momentum of SGD.")] = None,
+    lora_r: Annotated[int | None, typer.Option(help="LoRA rank; full fine-tuning without it.")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="LoRA alpha; twice the rank by default.")] = None,
+    lora_target: Annotated[list[str] | None, typer.Option(help="LoRA target modules; repeat the option.")] = None,
+    max_safety: Annotated[int, typer.Option(help="Most safety prompts to use.")] = 32,
+    max_tuning: Annotated[int, typer.Option(help="Most tuning rows to use.")] = 32,
+    max_length: Annotated[int, typer.Option(help="Longest sequence, tokens.")] = 512,
+    response_tokens: Annotated[int, typer.Option(help="Length of the model's own answers.")] = 24,
+    rank: Annotated[int, typer.Option(help="Sensitive directions to keep.")] = 8,
+    score: Annotated[str, typer.Option(help="response, sampled, margin or gauss-newton.")] = "response",
+    grid: Annotated[int, typer.Option(help="Steps at which the forecast is evaluated.")] = 5,
+    krylov: Annotated[int, typer.Option(help="Hessian products for SGD's Krylov path.")] = 0,
+    budget_kl: Annotated[float | None, typer.Option(help="Exit 3 if safety KL is forecast to exceed this.")] = None,
+    budget_margin: Annotated[float | None, typer.Option(help="Exit 3 if the mean margin falls below this.")] = None,
+    budget_refusal: Annotated[float | None, typer.Option(help="Exit 3 if the refusal rate falls below this.")] = None,
+    refusal_opening: Annotated[str | None, typer.Option(help="How a refusal of this model begins.")] = None,
+    compliance_opening: Annotated[str | None, typer.Option(help="How a compliant answer begins.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Adapter folder to merge into the model first.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of LoRA's start and of all sampling.")] = 0,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that a hub model brings along.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record on stdout and nothing else.")] = False,
+) -> None:
+    """Tell, before any training, how fast a data set will wear down a model's safety, and how sure that is."""
+    from tiltmeter import commands
+
+    given = {
+        "lr": lr,
+        "steps": steps,
+        "batch_size": batch_size,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "momentum": momentum,
+        "lora_r": lora_r,
+        "lora_alpha": lora_alpha,
+        "lora_target": lora_target,
+    }
+    options = commands.options(
+        score=score,
+        max_safety=max_safety,
+        max_tuning=max_tuning,
+        max_length=max_length,
+        response_tokens=response_tokens,
+        rank=rank,
+        grid=grid,
+        krylov=krylov,
+        budget_kl=budget_kl,
+        budget_margin=budget_margin,
+        budget_refusal=budget_refusal,
+        refusal_opening=refusal_opening,
+        compliance_opening=compliance_opening,
+        seed=seed,
+    )
+    loading = {"adapter": adapter, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    with progress_bar() as ticker:
+        result, folder = commands.assess(model, safety, tuning, recipe, given, options, loading, out, ticker)
+    if as_json:
+        print(json.dumps(result.record, indent=2, ensure_ascii=False, allow_nan=False))
+    else:
+        for line in commands.lines(result.record):
+            print(line)
+        if folder is not None:
+            print(f"record and page: {folder / 'index.html'}")
+    if result.over_budget:
+        raise typer.Exit(OVER_BUDGET)
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder for the results.")] = Path("demo-output"),
+    listing: Annotated[bool, typer.Option("--list", help="List the embedded models and data sets.")] = False,
+    fetch: Annotated[bool, typer.Option("--fetch", help="Only download models and data.")] = False,
+    full: Annotated[bool, typer.Option("--full/--no-full", help="Assess full fine-tuning besides LoRA.")] = True,
+    seed: Annotated[int, typer.Option(help="Seed.")] = 0,
+    force: Annotated[bool, typer.Option("--force", help="Run again though the results are there.")] = False,
+) -> None:
+    """Assess the embedded model on three real tuning sets; or list or fetch what is embedded."""
+    from tiltmeter import commands
+
+    if listing:
+        for line in commands.catalogue_lines():
+            print(line)
+        return
+    if fetch:
+        print(f"models and data are in {commands.fetch_demo()}")
+        return
+    with progress_bar() as ticker:
+        page, lines = commands.demo(out, full, seed, force, ticker)
+    for line in lines:
+        print(line)
+    print(f"page: {page}")
+
+
+@app.command()
+def theory(
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for the record.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record on stdout and nothing else.")] = False,
+    seed: Annotated[int, typer.Option(help="Seed of the random systems.")] = 0,
+) -> None:
+    """Check every claim of the theory on systems solved by hand."""
+    from tiltmeter import commands
+
+    check, folder = commands.theory(seed, out)
+    if as_json:
+        print(json.dumps(check.record(), indent=2, ensure_ascii=False, allow_nan=False))
+    else:
+        for line in check.lines():
+            print(line)
+        if folder is not None:
+            print(f"record: {folder / 'record.json'}")
+    if not all(claim.holds for claim in check.claims):
+        raise typer.Exit(1)
+
+
+@app.command()
+def report(
+    folders: Annotated[list[Path], typer.Argument(help="Result folders.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Page to write; .md gives a model-card snippet.")],
+    title: Annotated[str, typer.Option(help="Title of the page.")] = "tiltmeter",
+) -> None:
+    """Put stored results on one self-contained page, or into Markdown for a model card."""
+    from tiltmeter import commands
+
+    if out.exists():
+        raise InputError(f"{out} exists already; give another name, results are never overwritten")
+    commands.report(folders, out, title)
+    print(f"wrote {out}")

@@ -1,0 +1,340 @@
+"""An assessment as plain values: the one place that knows the layout of `record.json`."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiltmeter.geometry.forecast import Curve, jackknife, mean_interval
+from tiltmeter.geometry.sensitivity import rank_by_energy
+from tiltmeter.jobs.estimate import Estimate
+from tiltmeter.jobs.measure import Findings
+from tiltmeter.jobs.outlook import Outlook
+from tiltmeter.jobs.provenance import provenance
+from tiltmeter.jobs.recipe import Recipe
+from tiltmeter.jobs.subject import Options, Subject, layer_sensitivity
+from tiltmeter.jobs.tuning import Tuning
+
+SCHEMA = "tiltmeter/assessment/1"
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What was expected and what it took.
+
+    Attributes:
+        expected: the estimate made before.
+        seconds: wall time, the safety side included.
+        peak_gb: largest memory of the process.
+        tokens: of all data, each sequence once.
+    """
+
+    expected: Estimate
+    seconds: float
+    peak_gb: float
+    tokens: int
+
+
+class Reasons(dict[str, str]):
+    """Reasons for nulls, by dotted path."""
+
+    def number(self, path: str, value: float | None, why: str) -> float | None:
+        """The value if it is a finite number, else None with a reason."""
+        if value is not None and math.isfinite(value):
+            return float(value)
+        self[path] = why
+        return None
+
+
+def record_of(
+    subject: Subject,
+    tuning: Tuning,
+    recipe: Recipe,
+    options: Options,
+    found: Findings,
+    outlook: Outlook,
+    cost: Cost,
+) -> dict[str, Any]:
+    """The record of an assessment, without NaN; every null has a reason."""
+    why = Reasons()
+    loaded, space = subject.loaded, subject.forward.space
+    lora = recipe.as_dict()["lora"]
+    if lora is None:
+        why["space.lora"] = why["recipe.lora"] = "full fine-tuning"
+    elif lora["targets"] is None:
+        why["space.lora.targets"] = why["recipe.lora.targets"] = "peft's own choice for this architecture"
+    passes = subject.forward.passes
+    return {
+        "schema": SCHEMA,
+        **provenance(str(subject.forward.device)),
+        "seed": options.seed,
+        "level": options.level,
+        "model": {
+            "name": loaded.name,
+            "digest": loaded.digest,
+            "parameters": sum(p.numel() for p in loaded.model.parameters()) - (space.size if lora else 0),
+            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "device": str(subject.forward.device),
+        },
+        "space": {
+            "kind": "full" if lora is None else "lora",
+            "size": space.size,
+            "digest": space.digest,
+            "lora": lora,
+        },
+        "safety": {
+            "name": subject.rows.name,
+            "digest": subject.rows.digest,
+            "rows_read": subject.safety.rows_read,
+            "used": subject.safety.m,
+            "truncated": subject.safety.truncated,
+            "skipped": subject.safety.skipped,
+            "tokens": subject.divergence.work + subject.negative_margin.work,
+            "supervised": sum(example.supervised for example in subject.safety.responses),
+            "responses": subject.safety.source,
+            "refusal_opening": subject.opened.refusal_opening,
+            "compliance_opening": subject.opened.compliance_opening,
+        },
+        "tuning": {
+            "name": tuning.rows.name,
+            "digest": tuning.rows.digest,
+            "rows_read": len(tuning.rows.rows),
+            "used": len(tuning.encoded.examples),
+            "truncated": tuning.encoded.truncated,
+            "skipped": tuning.encoded.skipped,
+            "tokens": tuning.objective.work,
+            "supervised": sum(example.supervised for example in tuning.encoded.examples),
+            "loss": found.tuning_loss,
+            "batches": tuning.batches.shape[0],
+            "batch_size": tuning.batch_size,
+        },
+        "recipe": recipe.as_dict(),
+        "verdict": {"kind": outlook.verdict, "text": outlook.text},
+        "aic": _aic(subject, found, options, why),
+        "spectrum": _spectrum(subject, options, why),
+        "forecast": _forecast(subject, found, outlook, why),
+        "baselines": _baselines(subject, found, recipe, why),
+        "layers": _layers(subject, found, why),
+        "cost": {
+            "estimated": {
+                "fb_equivalents": cost.expected.fb_equivalents,
+                "seconds": why.number("cost.estimated.seconds", cost.expected.seconds, "nothing was timed"),
+                "memory_gb": cost.expected.memory_gb,
+            },
+            "fb_equivalents": passes.equivalents(cost.tokens),
+            "passes": {kind: count / cost.tokens for kind, count in sorted(passes.tokens.items())},
+            "micro_batch_passes": dict(sorted(passes.calls.items())),
+            "data_tokens": cost.tokens,
+            "seconds": cost.seconds,
+            "peak_memory_gb": cost.peak_gb,
+        },
+        "reasons": dict(why),
+    }
+
+
+def _aic(subject: Subject, found: Findings, options: Options, why: Reasons) -> dict[str, Any]:
+    """The Alignment Instability Condition under gradient flow, whatever the recipe's optimiser."""
+    per_time, per_square = "nats^1/2 per flow time", "nats^1/2 per flow time squared"
+    out: dict[str, Any] = {
+        "initial_overlap_random": {"value": found.random_overlap, "unit": per_time},
+        "clock": "gradient flow: flow time is the sum of learning rates of plain gradient descent",
+    }
+    names = ("initial_overlap", "curvature_coupling", "gamma_full", "cross_term", "crossover", "crossover_steps")
+    if found.coupling is None:
+        for name in names:
+            out[name] = None
+            why[f"aic.{name}"] = str(found.no_coupling)
+    else:
+        c = found.coupling
+        noise = "the square came out below zero: indistinguishable from zero at this sample size"
+        e0 = _root(c.overlap, options.level, per_time, "aic.initial_overlap", noise, why)
+        low, high = jackknife(c.overlap_groups.mean(0), options.level)
+        e0["low_over_batches"] = why.number("aic.initial_overlap.low_over_batches", low, "fewer than three batches")
+        e0["high_over_batches"] = why.number("aic.initial_overlap.high_over_batches", high, "fewer than three batches")
+        gamma = _root(c.coupling, options.level, per_square, "aic.curvature_coupling", noise, why)
+        full = _root(c.full, options.level, per_square, "aic.gamma_full", noise, why)
+        out |= {"initial_overlap": e0, "curvature_coupling": gamma, "gamma_full": full}
+        out["cross_term"] = _mean(c.cross, options.level, "nats per flow time cubed", "aic.cross_term", why)
+        crossover = 2 * e0["value"] / gamma["value"] if e0["value"] and gamma["value"] else math.nan
+        needs = "needs both the overlap and the coupling to be told from zero"
+        out["crossover"] = {"value": why.number("aic.crossover.value", crossover, needs), "unit": "flow time"}
+        steps = crossover / float(found.clock.rates.mean()) if found.clock.rates.mean() > 0 else math.nan
+        label = "steps of plain gradient descent at the recipe's mean rate"
+        out["crossover_steps"] = {"value": why.number("aic.crossover_steps.value", steps, needs), "unit": label}
+    projected = found.projected
+    reason = subject.no_sensitivity or "no subspace"
+    out["projected_gradient"] = {
+        "value": why.number("aic.projected_gradient.value", projected, reason),
+        "random": found.gradient_norm * math.sqrt(min(1.0, options.rank / subject.forward.space.size)),
+        "share": why.number(
+            "aic.projected_gradient.share", None if projected is None else projected / found.gradient_norm, reason
+        ),
+        "unit": "nats per parameter unit",
+    }
+    return out
+
+
+def _root(squares: Tensor, level: float, unit: str, path: str, noise: str, why: Reasons) -> dict[str, Any]:
+    """Root of a mean of per-prompt squares, with its interval over prompts."""
+    low, high = mean_interval(squares, level)
+    value = float(squares.mean())
+    return {
+        "value": why.number(f"{path}.value", math.sqrt(value) if value > 0 else None, noise),
+        "low": why.number(f"{path}.low", math.sqrt(max(0.0, float(low))) if low == low else None, "one prompt"),
+        "high": why.number(f"{path}.high", math.sqrt(max(0.0, float(high))) if high == high else None, "one prompt"),
+        "square": value,
+        "unit": unit,
+    }
+
+
+def _mean(values: Tensor, level: float, unit: str, path: str, why: Reasons) -> dict[str, Any]:
+    low, high = mean_interval(values, level)
+    return {
+        "value": float(values.mean()),
+        "low": why.number(f"{path}.low", float(low), "one prompt gives no interval"),
+        "high": why.number(f"{path}.high", float(high), "one prompt gives no interval"),
+        "unit": unit,
+    }
+
+
+def _spectrum(subject: Subject, options: Options, why: Reasons) -> dict[str, Any] | None:
+    s = subject.sensitivity
+    if s is None:
+        why["spectrum"] = str(subject.no_sensitivity)
+        return None
+    values = s.spectrum.tolist()
+    gaps = [a / b for a, b in itertools.pairwise(values) if b > 1e-10 * values[0]]
+    overlap = subject.split_half
+    none = "needs a Gram matrix over at least four prompts"
+    points: dict[str, float | None] = {"value": None, "low": None, "high": None}
+    if overlap is not None:
+        points = {
+            "value": float(overlap.mean()),
+            "low": float(overlap.quantile(0.05)),
+            "high": float(overlap.quantile(0.95)),
+        }
+    return {
+        "score": options.score,
+        "eigenvalues": values,
+        "unit": "nats per parameter unit squared",
+        "trace": why.number("spectrum.trace", s.trace, "Lanczos finds the top of the spectrum only"),
+        "rank": s.rank,
+        "rank_90": why.number(
+            "spectrum.rank_90", rank_by_energy(s.spectrum) if s.trace is not None else None, "the trace is not known"
+        ),
+        "gaps": gaps,
+        "split_half_overlap": {k: why.number(f"spectrum.split_half_overlap.{k}", v, none) for k, v in points.items()},
+        "random_overlap": s.rank / subject.forward.space.size,
+    }
+
+
+def _curve(curve: Curve, unit: str, path: str, why: Reasons, reason: str) -> dict[str, Any]:
+    return {
+        "value": [why.number(f"{path}.value.{i}", x, reason) for i, x in enumerate(curve.value.tolist())],
+        "low": [why.number(f"{path}.low.{i}", x, reason) for i, x in enumerate(curve.low.tolist())],
+        "high": [why.number(f"{path}.high.{i}", x, reason) for i, x in enumerate(curve.high.tolist())],
+        "unit": unit,
+    }
+
+
+def _forecast(subject: Subject, found: Findings, outlook: Outlook, why: Reasons) -> dict[str, Any]:
+    few = "too few prompts or tuning batches for an interval"
+    rate = subject.safety.refusal_rate()
+    judged = "the judge could not tell any of the anchor's answers"
+    order = dict(zip(("value", "low", "high"), outlook.leading_order, strict=True))
+    flat = "the KL is not positive at two steps"
+    crossings: dict[str, Any] = {}
+    for c in outlook.crossings:
+        path = f"forecast.steps_to_budget.{c.quantity}"
+        never = "not within the recipe"
+        crossings[c.quantity] = {
+            "budget": c.budget,
+            "value": why.number(f"{path}.value", c.value, never),
+            "low": why.number(f"{path}.low", c.low, never),
+            "high": why.number(f"{path}.high", c.high, never),
+            "inside_horizon": c.claimed,
+            "unit": "optimiser steps",
+        }
+    if not crossings:
+        why["forecast.steps_to_budget"] = "no budget was given"
+    margin = _curve(outlook.margin, "nats", "forecast.margin", why, few)
+    refusal = _curve(outlook.refusal_rate, "share", "forecast.refusal_rate", why, judged)
+    return {
+        "steps": list(outlook.steps),
+        "flow_time": [float(found.covered[step]) for step in outlook.steps],
+        "safety_kl": _curve(outlook.safety_kl, "nats per token", "forecast.safety_kl", why, few),
+        "margin": {**margin, "anchor": float(subject.anchor_margin.mean())},
+        "margin_change": _curve(outlook.margin_change, "nats", "forecast.margin_change", why, few),
+        "refusal_rate": {
+            **refusal,
+            "anchor": why.number("forecast.refusal_rate.anchor", rate.value, judged),
+            "undetermined": rate.unscored,
+            "method": "anchor's judged rate plus the change of the two openings' odds; a proxy",
+        },
+        "below_zero": outlook.below_zero.tolist(),
+        "paths": {
+            name: {"safety_kl": v.safety_kl.mean(-1).tolist(), "margin": v.margin.mean(-1).tolist()}
+            for name, v in found.values.items()
+        },
+        "horizon_steps": outlook.horizon_steps,
+        "horizon_reason": outlook.horizon_reason,
+        "leading_order": {k: why.number(f"forecast.leading_order.{k}", v, flat) for k, v in order.items()},
+        "steps_to_budget": crossings or None,
+    }
+
+
+def _baselines(subject: Subject, found: Findings, recipe: Recipe, why: Reasons) -> dict[str, Any]:
+    kl, margin = found.random_walk
+    norms = found.batch_norms
+    return {
+        "gradient_norm": {"value": found.gradient_norm, "unit": "nats per parameter unit, after clipping"},
+        "batch_gradient_norm": {
+            "value": float(norms.mean()),
+            "low": float(norms.min()),
+            "high": float(norms.max()),
+            "unit": "nats per parameter unit, smallest to largest batch",
+        },
+        "tuning_loss": {"value": found.tuning_loss, "unit": "nats per token"},
+        "steps_times_learning_rate": {"value": recipe.steps * recipe.learning_rate, "unit": "flow time"},
+        "displacement": {"value": found.length, "unit": "parameter units, at the end of the recipe"},
+        "random_direction_kl": {"value": float(kl.mean()), "unit": "nats per token, equal displacement"},
+        "random_direction_margin": {
+            "value": float((margin - subject.anchor_margin).mean()),
+            "unit": "nats of change, equal displacement",
+        },
+    }
+
+
+def _layers(subject: Subject, found: Findings, why: Reasons) -> list[dict[str, Any]]:
+    shares = {} if subject.gram is None else layer_sensitivity(subject.gram)
+    sizes: dict[str, int] = {}
+    for name, part, _ in subject.forward.space.slices():
+        layer = subject.layer_of(name)
+        sizes[layer] = sizes.get(layer, 0) + part.stop - part.start
+    out = []
+    for i, (layer, slope) in enumerate(found.layer_slopes.items()):
+        share = why.number(f"layers.{i}.sensitivity", shares.get(layer), "no Gram matrix was formed for this score")
+        out.append({"name": layer, "sensitivity": share, "margin_slope": slope, "parameters": sizes[layer]})
+    return out
+
+
+def arrays_of(subject: Subject, found: Findings) -> dict[str, Tensor]:
+    """Per-prompt curves and spectra, for `arrays.safetensors`."""
+    out = {"anchor_margin": subject.anchor_margin, "rates": found.clock.rates}
+    for name, values in found.values.items():
+        out[f"{name}.safety_kl"], out[f"{name}.margin"] = values.safety_kl, values.margin
+    if subject.gram is not None:
+        out["gram"] = subject.gram.total
+    if subject.sensitivity is not None:
+        out["eigenvalues"] = subject.sensitivity.spectrum
+    if found.coupling is not None:
+        for name in ("overlap", "cross", "coupling", "full"):
+            out[f"coupling.{name}"] = torch.as_tensor(getattr(found.coupling, name))
+    if found.ritz is not None:
+        out["ritz"] = found.ritz
+    return out
