@@ -11,6 +11,7 @@ from tiltmeter.lm.conversation import (
     encode,
     encode_pairs,
     prompt_text,
+    prompt_tokens,
     prompts_of,
 )
 
@@ -251,6 +252,9 @@ def test_text_is_closed_once(plain_tokenizer):
     assert supervised_texts(example, plain_tokenizer) == [" 4<|im_end|>"]
     assert example.tokens[0] == 1
     assert example.tokens.count(2) == 1
+    opening = only(encode_pairs(["A:"], [" 4"], plain_tokenizer, 64, end=False))
+    assert opening.tokens == example.tokens[:-1]
+    assert prompt_tokens("A:", plain_tokenizer) == plain_tokenizer("A:")["input_ids"][:-1]
 
 
 def test_supervising_all_leaves_out_the_first_token_only(tokenizer):
@@ -403,6 +407,13 @@ def test_prompt_text_asks_the_assistant_to_speak(tokenizer, plain_tokenizer):
     assert prompt_text(USER, tokenizer) == expected
     assert prompt_text([{"role": "user", "content": USER}], tokenizer) == expected
     assert prompt_text([{"role": "user", "content": USER}], plain_tokenizer) == USER
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_prompt_tokens_are_those_before_the_answer(make_tokenizer, template):
+    tokenizer = make_tokenizer(TEMPLATES[template])
+    example = only(encode_pairs([USER], ["Sure, here"], tokenizer, 512, end=False))
+    assert prompt_tokens(USER, tokenizer) == list(example.tokens[: -example.supervised])
 
 
 def examples_of(*lengths):

@@ -538,6 +538,18 @@ def test_undisturbed_puts_everything_back_bit_for_bit(any_llama, fails):
         exactly(buffer, buffer_values[name])
 
 
+def test_undisturbed_covers_the_random_state_of_every_gpu(llama, monkeypatch):
+    states = [torch.tensor([1, 2]), torch.tensor([3])]
+    restored = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", lambda: list(states))
+    monkeypatch.setattr(torch.cuda, "set_rng_state_all", restored.extend)
+    with suppress(ZeroDivisionError), undisturbed(llama):
+        assert not restored
+        raise ZeroDivisionError
+    assert [id(state) for state in restored] == [id(state) for state in states]
+
+
 def test_training_goes_on_as_if_nothing_had_been(make_llama):
     """Dropout, AdamW and all: the same weights with and without measuring in between."""
 

@@ -183,6 +183,12 @@ def prompt_text(prompt: str | Sequence[Message], tokenizer: Any) -> str:
     return Writer(tokenizer).render(messages, ask=True)
 
 
+def prompt_tokens(prompt: str | Sequence[Message], tokenizer: Any) -> list[int]:
+    """`prompt_text` in tokens, as `encode` puts it before an answer: special tokens once, and no end of text."""
+    writer = Writer(tokenizer)
+    return writer.labelled(Marked(prompt_text(prompt, tokenizer), (), writer.has_template))[0]
+
+
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     """Lay examples side by side, padded on the right.
 

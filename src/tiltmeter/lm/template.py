@@ -166,9 +166,10 @@ class Writer:
             supervised.update(kept if kept and tokens[kept[-1]].id in self.special else inside)
         ids = [token.id for token in tokens]
         eos = self.tokenizer.eos_token_id
+        if not marked.rendered and eos is not None and ids[-1:] == [eos]:
+            ids.pop()  # some tokenizers close every text; whether this one is to be closed is for us to say
         if marked.end and eos is not None:
-            if ids[-1:] != [eos]:
-                ids.append(eos)
+            ids.append(eos)
             supervised.add(len(ids) - 1)
         return ids, [ids[i] if i in supervised and i > 0 else UNSUPERVISED for i in range(len(ids))]
 
