@@ -1,3 +1,73 @@
-"""Predict, watch and prevent the collapse of safety alignment when an open-weight language model is fine-tuned."""
+"""Predict, watch and prevent the collapse of safety alignment when an open-weight language model is fine-tuned.
+
+The public names are loaded when first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from tiltmeter.errors import InputError, TiltmeterError
+    from tiltmeter.geometry.clock import Clock
+    from tiltmeter.geometry.metric import Adam, Sgd
+    from tiltmeter.geometry.objective import FunctionObjective, Objective
+    from tiltmeter.geometry.sensitivity import Sensitivity
+    from tiltmeter.geometry.space import ParameterSpace
+    from tiltmeter.jobs.assess import Assessment, assess
+    from tiltmeter.jobs.recipe import Lora, Recipe, read_recipe
+    from tiltmeter.jobs.subject import Options
+    from tiltmeter.jobs.theory import TheoryCheck, run_theory
+    from tiltmeter.lm.measurement import Measurement
+
+#: Public name -> the module that defines it.
+_HOMES = {
+    "Adam": "geometry.metric",
+    "Assessment": "jobs.assess",
+    "Clock": "geometry.clock",
+    "FunctionObjective": "geometry.objective",
+    "InputError": "errors",
+    "Lora": "jobs.recipe",
+    "Measurement": "lm.measurement",
+    "Objective": "geometry.objective",
+    "Options": "jobs.subject",
+    "ParameterSpace": "geometry.space",
+    "Recipe": "jobs.recipe",
+    "Sensitivity": "geometry.sensitivity",
+    "Sgd": "geometry.metric",
+    "TheoryCheck": "jobs.theory",
+    "TiltmeterError": "errors",
+    "assess": "jobs.assess",
+    "read_recipe": "jobs.recipe",
+    "run_theory": "jobs.theory",
+}
+
+__all__ = [
+    "Adam",
+    "Assessment",
+    "Clock",
+    "FunctionObjective",
+    "InputError",
+    "Lora",
+    "Measurement",
+    "Objective",
+    "Options",
+    "ParameterSpace",
+    "Recipe",
+    "Sensitivity",
+    "Sgd",
+    "TheoryCheck",
+    "TiltmeterError",
+    "assess",
+    "read_recipe",
+    "run_theory",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -119,7 +120,7 @@ class LanguageObjective:
 
     def difference_step(self, v: Tensor) -> float:
         """Multiple of v [n] that is a good finite-difference step: `DIFFERENCE_STEP` of the parameters' norm."""
-        anchor = sum(float(p.detach().double().square().sum()) for p in self.forward.parameters.values()) ** 0.5
+        anchor = math.sqrt(sum(float(p.detach().double().square().sum()) for p in self.forward.parameters.values()))
         return DIFFERENCE_STEP * anchor / norm(v)
 
     def _leaves(self, displacement: Tensor | None) -> dict[str, Tensor]:

@@ -1,0 +1,56 @@
+"""The public names, sorted, and nothing else."""
+
+from __future__ import annotations
+
+import importlib
+
+import tiltmeter
+
+
+def test_public_names_are_a_sorted_list_and_exist():
+    assert list(tiltmeter.__all__) == sorted(tiltmeter.__all__)
+    for name in tiltmeter.__all__:
+        getattr(tiltmeter, name)
+
+
+def test_public_names_are_these():
+    assert set(tiltmeter.__all__) == {
+        "Adam",
+        "Assessment",
+        "Clock",
+        "FunctionObjective",
+        "InputError",
+        "Lora",
+        "Measurement",
+        "Objective",
+        "Options",
+        "ParameterSpace",
+        "Recipe",
+        "Sensitivity",
+        "Sgd",
+        "TheoryCheck",
+        "TiltmeterError",
+        "assess",
+        "read_recipe",
+        "run_theory",
+    }
+
+
+def test_importing_the_package_is_light():
+    """`import tiltmeter` must not load torch: the command line answers --help at once."""
+    import subprocess
+    import sys
+
+    code = "import sys, tiltmeter, tiltmeter.cli; print('torch' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
+
+
+def test_unknown_names_are_refused():
+    module = importlib.import_module("tiltmeter")
+    try:
+        module.no_such_name  # noqa: B018
+    except AttributeError as error:
+        assert "no_such_name" in str(error)
+    else:
+        raise AssertionError("an unknown name was found")
