@@ -370,12 +370,14 @@ def test_openings_follow_the_generation_prompt_and_stay_open(make_tokenizer, tem
 
 
 def test_pairs_for_a_base_model_are_joined(plain_tokenizer):
-    closed, opening = (only(encode_pairs(["A:"], [" 4"], plain_tokenizer, 64, end=end)) for end in (True, False))
-    assert plain_tokenizer.decode(closed.tokens) == "A: 4<|im_end|>"
-    assert plain_tokenizer.decode(opening.tokens) == "A: 4"
-    assert supervised_texts(opening, plain_tokenizer) == [" 4"]
-    with pytest.raises(DataError, match="no chat template"):
-        encode_pairs([PLAIN_TALK[:3]], [" 4"], plain_tokenizer, 64, end=False)
+    for end, closing in ((True, "<|im_end|>"), (False, "")):
+        encoded = encode_pairs(["A:", [{"role": "user", "content": "A:"}]], [" 4"] * 2, plain_tokenizer, 64, end=end)
+        for example in encoded.examples:
+            assert plain_tokenizer.decode(example.tokens) == "A: 4" + closing
+            assert supervised_texts(example, plain_tokenizer) == [" 4" + closing]
+        assert len(encoded.examples) == 2
+        with pytest.raises(DataError, match="no chat template"):
+            encode_pairs([PLAIN_TALK[:3]], [" 4"], plain_tokenizer, 64, end=end)
 
 
 def test_pairs_must_match_and_say_something(tokenizer):

@@ -85,12 +85,14 @@ def encode(
     without any template, so to reproduce that give a tokenizer without one. Without a template, strings are joined as
     they are, and closed with the end-of-text token, as TRL does.
 
-    With "completion", all assistant turns of `messages` are supervised, or those of `completion` where the row has
-    one. If the template rewrites history (some drop the reasoning of earlier answers), so that earlier answers do not
-    stand in the text as they were given, only the last one is. What follows the last answer is left out. Supervision
-    runs up to and including the end-of-turn token, but not over white space that the template puts behind it, which
-    no model ever generates. A token that spans the boundary between prompt and answer counts as part of the answer
-    only if all it has from the prompt is white space. Running text (`text`) is supervised whole.
+    With "completion", all assistant turns of `messages` are supervised, or those of `completion` where the row has one.
+    If the template rewrites history (some drop the reasoning of earlier answers), so that earlier answers do not stand
+    in the text as they were given, only the last one is. What follows the last answer is left out. An answer begins
+    behind the generation prompt; if that is not what stands before finished answers (some open a chain of thought),
+    behind whatever does. Supervision runs up to and including the end-of-turn token, but, unlike TRL's, not over white
+    space that the template puts behind it, which no model ever generates. A token that spans the boundary between
+    prompt and answer counts as part of the answer only if all it has from the prompt is white space. Running text
+    (`text`) is supervised whole.
 
     Args:
         rows: rows in any known format.
@@ -120,7 +122,7 @@ def encode_pairs(
     Args:
         prompts: each a string, which becomes a user message, or a conversation.
         completions: as many answers.
-        tokenizer: a fast tokenizer; without a chat template a string prompt is used as it is.
+        tokenizer: a fast tokenizer; without a chat template the text of a single user message is used as it is.
         max_length: examples are cut to so many tokens, from the right.
         end: close the answer as the template closes a turn; False for openings such as "Sure, here".
 
@@ -138,6 +140,8 @@ def encode_pairs(
         prompt, completion = pair
         if not completion.strip():
             raise Unusable("no completion")
+        if not isinstance(prompt, str) and not writer.has_template:
+            prompt = prompt_text(prompt, tokenizer)
         if end:
             return writer.mark(dialogue({"prompt": prompt, "completion": completion}), "completion")
         before = prompt_text(prompt, tokenizer)
