@@ -12,7 +12,7 @@ ALLOWED = {
     "errors": set(),
     "geometry": {"errors"},
     "store": {"errors"},
-    "demo": {"errors", "lm"},
+    "demo": {"errors", "lm", "store"},
     "lm": {"geometry", "errors"},
     "predictors": {"geometry", "lm", "errors"},
     "guards": {"geometry", "lm", "errors"},
