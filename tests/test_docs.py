@@ -1,0 +1,72 @@
+"""What the documents say is true: code blocks run, commands exist, skips are accounted for."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.S | re.M)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = [(kind, text) for kind, text in BLOCK.findall(README) if kind in {"bash", "python"}]
+
+
+@pytest.mark.parametrize(("kind", "text"), BLOCKS, ids=[f"{i}-{kind}" for i, (kind, _) in enumerate(BLOCKS)])
+def test_every_code_block_of_the_readme_runs(kind, text, tmp_path):
+    """`make` lines are checked to be targets of the Makefile; the gate itself runs them."""
+    if kind == "python":
+        subprocess.run([sys.executable, "-c", text], check=True, cwd=tmp_path, timeout=300)
+        return
+    joined = text.replace("\\\n", " ")
+    for line in filter(None, (line.split(" #")[0].strip() for line in joined.splitlines())):
+        words = shlex.split(line)
+        if words[0] == "make":
+            makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+            assert all(re.search(rf"^{word}:", makefile, re.M) for word in words[1:]), line
+        elif words[0] in {"git", "cd", "pip"}:
+            continue
+        else:
+            assert words[0] == "tiltmeter", f"the README runs {words[0]}, which this test cannot"
+            done = subprocess.run(
+                [sys.executable, "-c", "from tiltmeter.cli import main; main()", *words[1:]],
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+            assert done.returncode in {0, 3}, done.stderr
+
+
+def test_relative_links_of_the_documents_lead_somewhere():
+    for page in [*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")]:
+        for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
+            if "://" not in target and not target.startswith("mailto:"):
+                assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_skips_are_accounted_for():
+    pattern = re.compile(r"pytest\.(?:mark\.)?(?:skip|skipif|xfail)\b|importorskip")
+    found = sum(
+        len(pattern.findall(path.read_text(encoding="utf-8")))
+        for path in (ROOT / "tests").rglob("*.py")
+        if path.name != Path(__file__).name
+    )
+    rows = [line for line in (ROOT / "tests" / "SKIPS.md").read_text(encoding="utf-8").splitlines() if line[:1] == "|"]
+    assert found == len(rows) - 2
+
+
+def test_no_machine_path_in_the_repository():
+    pattern = re.compile(r"(^|[\s\"'(=])/(?:work|farm|root|home/\w+)/")
+    for path in [
+        *ROOT.glob("src/**/*.py"),
+        *ROOT.glob("docs/**/*.md"),
+        *ROOT.glob("*.md"),
+        *ROOT.glob("tests/**/*.py"),
+    ]:
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+            assert not pattern.search(line) or path.name == Path(__file__).name, f"{path}:{number}"
