@@ -154,8 +154,12 @@ def _aic(subject: Subject, found: Findings, options: Options, why: Reasons) -> d
         noise = "the square came out below zero: indistinguishable from zero at this sample size"
         e0 = _root(c.overlap, options.level, per_time, "aic.initial_overlap", noise, why)
         low, high = jackknife(c.overlap_groups.mean(0), options.level)
-        e0["low_over_batches"] = why.number("aic.initial_overlap.low_over_batches", low, "fewer than three batches")
-        e0["high_over_batches"] = why.number("aic.initial_overlap.high_over_batches", high, "fewer than three batches")
+        few = "fewer than three groups of batches"
+        out["initial_overlap_over_batches"] = {
+            "low": why.number("aic.initial_overlap_over_batches.low", low, few),
+            "high": why.number("aic.initial_overlap_over_batches.high", high, few),
+            "unit": per_time,
+        }
         gamma = _root(c.coupling, options.level, per_square, "aic.curvature_coupling", noise, why)
         full = _root(c.full, options.level, per_square, "aic.gamma_full", noise, why)
         out |= {"initial_overlap": e0, "curvature_coupling": gamma, "gamma_full": full}
@@ -187,7 +191,6 @@ def _root(squares: Tensor, level: float, unit: str, path: str, noise: str, why: 
         "value": why.number(f"{path}.value", math.sqrt(value) if value > 0 else None, noise),
         "low": why.number(f"{path}.low", math.sqrt(max(0.0, float(low))) if low == low else None, "one prompt"),
         "high": why.number(f"{path}.high", math.sqrt(max(0.0, float(high))) if high == high else None, "one prompt"),
-        "square": value,
         "unit": unit,
     }
 
