@@ -103,7 +103,7 @@ class Motion:
 
     def law(self, flow_time: float) -> float:
         """Forecast u(t) of the polynomial, mean over prompts, nats."""
-        return float(self.coupling.polynomial(torch.tensor([flow_time]).double()).mean())
+        return float(self.coupling.polynomial(torch.tensor([flow_time], dtype=torch.float64)).mean())
 
 
 def measure(tuning: FunctionObjective, safety: SoftmaxObjective, groups: int = 4) -> Motion:
