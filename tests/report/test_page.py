@@ -11,7 +11,7 @@ from page_reader import Page, shows
 from tiltmeter.errors import DataError
 from tiltmeter.report import plots, write_page
 from tiltmeter.report.page import render_page
-from tiltmeter.report.tables import WITHHELD
+from tiltmeter.report.values import WITHHELD
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)> $x_{1}$ &amp; url(#a) \ud83d"
 BAD_WORDS = re.compile(r"\b(nan|NaN|inf|Infinity|None|undefined)\b")
@@ -49,7 +49,7 @@ def without_plots(monkeypatch):
 def test_every_number_is_shown_with_its_unit(sample, without_plots):
     page = Page(render_page([sample], "Title"))
     by_key = {row[-1]: row[-2] for row in page.rows() if len(row) == 3}
-    numbers = [(path, v) for path, v in leaves(sample) if isinstance(v, (int, float)) and path[0] != "reasons"]
+    numbers = [(path, v) for path, v in leaves(sample) if type(v) in (int, float) and path[0] != "reasons"]
     assert len(numbers) > 250
     for path, value in numbers:
         keys = [".".join(map(str, path[:depth])) for depth in range(len(path), 0, -1)]
@@ -61,17 +61,19 @@ def test_every_number_is_shown_with_its_unit(sample, without_plots):
             assert shows(cell, value), (path, value, cell)
     for section in ("aic", "baselines"):
         for name, held in sample[section].items():
-            if held["value"] is not None:
-                assert by_key[f"{section}.{name}"].endswith(f" {held['unit']}")
+            if isinstance(held, dict) and held["value"] is not None:
+                assert f" {held['unit']}" in by_key[f"{section}.{name}"]
     units = {"model.parameters": "parameters", "tuning.loss": "nats per token", "cost.seconds": "s",
              "cost.peak_memory_gb": "GB", "spectrum.trace": "nats per parameter unit squared",
-             "forecast.horizon_steps": "optimiser steps", "forecast.margin.anchor": "nats"}  # fmt: skip
+             "forecast.horizon_steps": "optimiser steps", "forecast.margin.anchor": "nats",
+             "aic.projected_gradient.random": "nats per parameter unit"}  # fmt: skip
     for key, unit in units.items():
         assert by_key[key].endswith(f" {unit}"), key
     [forecast] = [table for table in page.tables if "Flow time" in table[0]]
-    assert forecast[0][2:] == ["Refusal margin, nats", "Safety KL, nats per token", "Refusal rate, share"]
+    assert forecast[0][2:] == ["Refusal margin, nats", "Change of the refusal margin, nats",
+                               "Safety KL, nats per token", "Refusal rate, share"]  # fmt: skip
     for place, row in enumerate(forecast[1:]):
-        for column, quantity in enumerate(("margin", "safety_kl", "refusal_rate"), 2):
+        for column, quantity in enumerate(("margin", "margin_change", "safety_kl", "refusal_rate"), 2):
             for part in ("value", "low", "high"):
                 assert shows(row[column], sample["forecast"][quantity][part][place])
 
@@ -79,7 +81,7 @@ def test_every_number_is_shown_with_its_unit(sample, without_plots):
 def test_every_text_is_shown(sample, without_plots):
     page = Page(render_page([sample], "A title"))
     for path, value in leaves(sample):
-        if isinstance(value, str) and path[0] not in ("schema", "reasons") and path[-1] != "kind":
+        if isinstance(value, str) and path[0] not in ("schema", "reasons") and path[-1] not in ("kind", "unit"):
             assert " ".join(value.split()) in page.text, path
     assert "Wears the model down" in page.text
     assert "not measured: no harmful demonstrations were given" in page.text
@@ -91,8 +93,39 @@ def test_steps_beyond_the_horizon_are_not_claimed(sample, without_plots):
     marked = {row[0] for row in rows if "(not claimed)" in row[0]}
     assert marked == {"32 (not claimed)", "40 (not claimed)"}
     page = Page(render_page([sample], "t"))
-    assert "at step 24, last step claimed; aligned model 4.2, change −1.37" in page.text
-    assert "budget 0.05 on safety KL; beyond the horizon, not claimed" in page.text
+    assert "at step 24, last step claimed; aligned model 4.2, change −1.370 (−1.408 to −1.332)" in page.text
+    assert (
+        "Steps to the safety KL budget 31 90 % interval 25 to 39 budget 0.05; beyond the horizon, not claimed"
+        in page.text
+    )
+
+
+def test_a_budget_that_is_not_used_up_is_no_missing_number(sample, without_plots):
+    text = Page(render_page([sample], "t")).text
+    assert "Steps to the refusal margin budget — budget 1: not within the recipe" in text
+    sample["forecast"]["steps_to_budget"]["margin"]["low"] = 37
+    assert "not within the recipe; at the earliest step 37" in Page(render_page([sample], "t")).text
+    sample["forecast"]["steps_to_budget"]["safety_kl"]["high"] = None
+    assert "budget 31 from step 25; no latest step budget 0.05" in Page(render_page([sample], "t")).text
+
+
+def test_intervals_carry_the_level_they_were_made_for(sample, without_plots):
+    sample["level"] = 0.8
+    text = Page(render_page([sample], "t")).text
+    assert "80 % interval" in text
+    assert "90 %" not in text.replace("directions for 90 %", "").replace("Directions for 90 %", "")
+
+
+def test_an_interval_without_an_end_says_why(sample, without_plots):
+    rows = {row[-1]: row[-2] for row in Page(render_page([sample], "t")).rows() if len(row) == 3}
+    assert rows["baselines.random_direction_margin"] == (
+        "−0.0021 nats of change, equal displacement; low end not measured: one direction was drawn; "
+        "high end not measured: one direction was drawn"
+    )
+    sample["forecast"]["margin"]["low"][2] = None
+    sample["reasons"]["forecast.margin.low.2"] = "three batches only"
+    rows = {row[-1]: row[-2] for row in Page(render_page([sample], "t")).rows() if len(row) == 3}
+    assert "not measured: three batches only" in rows["forecast.margin.low"]
 
 
 def test_nothing_hostile_comes_through(sample):
@@ -210,6 +243,7 @@ def test_short_small_and_negative_forecasts(sample):
     record = copy.deepcopy(sample)
     record["forecast"] |= {"steps": [1], "flow_time": [1e-9], "paths": {}, "horizon_steps": 0}
     record["forecast"]["margin"] |= {"value": [-3.5], "low": [-4.0], "high": [-3.0], "anchor": -1.0}
+    record["forecast"]["margin_change"] |= {"value": [-2.5], "low": [-2.75], "high": [-2.25]}
     record["forecast"]["safety_kl"] |= {"value": [1e-9], "low": [0.9e-9], "high": [1.2e-9]}
     record["forecast"]["refusal_rate"] |= {"value": [0.0], "low": [0.0], "high": [0.0], "anchor": 0.0}
     zero = copy.deepcopy(record)
@@ -218,7 +252,7 @@ def test_short_small_and_negative_forecasts(sample):
     text = Page(render_page([record, zero], "Title")).text
     assert "−3.50 (−4.00 to −3.00)" in text
     assert "1.00 (0.90 to 1.20) ×10⁻⁹" in text
-    assert "from −1 to −3.50 (−4.00 to −3.00)" in text
+    assert "−2.50 (−2.75 to −2.25) nats from −1 to −3.50 (−4.00 to −3.00)" in text
     assert "no point was measured within the horizon" in text
     assert not BAD_WORDS.search(text)
 
@@ -242,7 +276,7 @@ def test_several_records_are_compared(sample):
     assert header == ["Tuning set", "Margin change at the end", "Safety KL at the end", "Refusal rate at the end",
                       "Horizon", "Verdict"]  # fmt: skip
     assert first[0] == "demo:gsm8k"
-    assert "−1.98 nats" in first[1]
+    assert first[1].startswith("−1.980 (−2.045 to −1.915) nats")
     assert "beyond the horizon: not claimed" in first[1]
     assert first[-1] == "Wears the model down"
     assert second[0] == "other-set"

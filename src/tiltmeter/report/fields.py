@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tiltmeter.report.labels import LABELS
 from tiltmeter.report.numbers import interval_text, lone_text, number, numbers, setting_text
 from tiltmeter.store import reason_of
 
 Record = Mapping[str, Any]
-QUANTITIES = {"margin": "Refusal margin", "safety_kl": "Safety KL", "refusal_rate": "Refusal rate"}
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Curve:
     @property
     def name(self) -> str:
         """What the quantity is called on the page."""
-        return QUANTITIES.get(self.quantity, words(self.quantity))
+        return words(self.quantity)
 
     @property
     def claimed_to_the_end(self) -> bool:
@@ -64,7 +64,7 @@ def missing(record: Record, path: str) -> str:
 
 def words(key: str) -> str:
     """Turn a key into a label: `rows_read` -> `Rows read`."""
-    text = key.replace("_", " ").strip()
+    text = LABELS.get(key, key.replace("_", " ").strip())
     return text[:1].upper() + text[1:]
 
 
@@ -89,7 +89,29 @@ def write(record: Record, held: Any, path: str, unit: str = "", setting: bool = 
     if value is None:
         return missing(record, path)
     low, high = number(interval.get("low")), number(interval.get("high"))
-    return f"{setting_text(value) if setting else interval_text(value, low, high)} {unit}".strip()
+    text = f"{setting_text(value) if setting else interval_text(value, low, high)} {unit}".strip()
+    return text + "".join(_open_end(record, interval, path, end) for end in ("low", "high") if end in interval)
+
+
+def _open_end(record: Record, interval: Mapping[str, Any], path: str, end: str) -> str:
+    """Say what is known of an interval that has one end or none; nothing where it has both."""
+    other = {"low": "high", "high": "low"}[end]
+    if number(interval.get(end)) is not None:
+        known = number(interval.get(other)) is None
+        return f"; {end} end {lone_text(float(interval[end]))}" if known else ""
+    return f"; {end} end {missing(record, f'{path}.{end}')}"
+
+
+def level_text(record: Record) -> str:
+    """Write the level of the record's intervals: 90 %."""
+    return f"{setting_text(100 * (number(find(record, 'level')) or 0.9))} %"
+
+
+def budgets_of(record: Record) -> dict[str, Mapping[str, Any]]:
+    """Return, by quantity, when each budget is forecast to be used up (budget, value, low, high)."""
+    held = find(record, "forecast.steps_to_budget")
+    held = held if isinstance(held, Mapping) else {}
+    return {str(quantity): crossing for quantity, crossing in held.items() if isinstance(crossing, Mapping)}
 
 
 def read_curve(record: Record, quantity: str) -> Curve | None:
@@ -113,8 +135,7 @@ def read_curve(record: Record, quantity: str) -> Curve | None:
     value = points(held.get("value"))
     if all(point is None for point in value) and not lines:
         return None
-    crossing = find(record, "forecast.steps_to_budget")
-    crossing = crossing if isinstance(crossing, Mapping) and crossing.get("quantity") == quantity else {}
+    crossing = budgets_of(record).get(quantity, {})
     return Curve(
         quantity=quantity,
         unit=str(held.get("unit") or ""),

@@ -6,13 +6,14 @@ import re
 from collections.abc import Iterable, Sequence
 
 from tiltmeter.errors import DataError
-from tiltmeter.report.fields import Record, show
+from tiltmeter.report.fields import Record, level_text, show
 from tiltmeter.report.summary import comparison, tiles_of, verdict_of
-from tiltmeter.report.tables import recipe_line, rows_of
+from tiltmeter.report.tables import recipe_line
+from tiltmeter.report.values import top_rows
 
 _LIMITS = (
     "A forecast from the aligned model, not a measurement of a tuned one; it holds for this recipe and up to the "
-    "horizon. Safety KL and margin are distances, not harm. Intervals are 90 %."
+    "horizon. Safety KL and margin are distances, not harm."
 )
 
 
@@ -30,12 +31,13 @@ def render_markdown(records: Sequence[Record]) -> str:
         names = [_escape(show(record, f"{part}.name")) for part in ("model", "tuning")]
         lines += [f"### {names[0]} tuned on {names[1]}", "", f"**{_escape(verdict)}.** {_escape(sentence)}", ""]
         rows = [[tile.label, f"{tile.text} {tile.unit}", tile.interval, tile.note] for tile in tiles_of(record)]
-        rows += [[row.label, row.text, "", row.meaning] for row in rows_of(record, "aic")]
+        rows += [[row.label, row.text, "", row.meaning] for row in top_rows(record, "aic")]
         lines += [*_table(["Quantity", "Value", "Interval", "Note"], rows), ""]
         safety = f"{_escape(show(record, 'safety.name'))}, {show(record, 'safety.used')} examples used"
         lines += [f"Safety set: {safety}. Recipe: {_escape(recipe_line(record))}.", ""]
         made = f"tiltmeter {show(record, 'tiltmeter')}, {show(record, 'created')}, seed {show(record, 'seed')}"
-        lines += [f"{_LIMITS} Made by {_escape(made)}; model digest {_escape(show(record, 'model.digest'))}.", ""]
+        made += f"; model digest {show(record, 'model.digest')}"
+        lines += [f"{_LIMITS} Intervals are {level_text(record)}. Made by {_escape(made)}.", ""]
     return "\n".join(lines)
 
 

@@ -11,8 +11,9 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from tiltmeter.errors import DataError
-from tiltmeter.report import plots, svg, tables
-from tiltmeter.report.fields import Curve, Record, find, missing, path_names, read_curve, show
+from tiltmeter.report import plots, svg, tables, values
+from tiltmeter.report.fields import Curve, Record, find, level_text, missing, path_names, read_curve, show
+from tiltmeter.report.labels import QUANTITIES
 from tiltmeter.report.markdown import render_markdown
 from tiltmeter.report.numbers import number, numbers, text_of
 from tiltmeter.report.scale import scale_of
@@ -64,9 +65,11 @@ def _view(record: Record, name: str, colours: Sequence[str]) -> dict[str, Any]:
     curves = curves_of(record)
     tone, verdict, sentence = verdict_of(record)
     header, rows = tables.forecast_table(record, curves)
+    drawn = [curve for curve in curves if curve.quantity in QUANTITIES]
     path_header, path_rows = tables.path_table(record, curves)
     return {
         "name": name,
+        "level": level_text(record),
         "note": find(record, "note"),
         "facts": _facts(record),
         "recipe": tables.recipe_line(record),
@@ -74,17 +77,17 @@ def _view(record: Record, name: str, colours: Sequence[str]) -> dict[str, Any]:
         "verdict": verdict,
         "sentence": sentence,
         "tiles": tiles_of(record),
-        "plots": [plots.draw_forecast(curve, colours, f"{name}f{place}") for place, curve in enumerate(curves)],
+        "plots": [plots.draw_forecast(curve, colours, f"{name}f{place}") for place, curve in enumerate(drawn)],
         "forecast_reason": None if curves else missing(record, "forecast"),
         "has_budget": any(curve.budget is not None for curve in curves),
         "forecast_header": header,
         "forecast_rows": [(row, _beyond(curves[0], place)) for place, row in enumerate(rows)],
         "path_header": path_header,
         "path_rows": [(row, _beyond(curves[0], place)) for place, row in enumerate(path_rows)],
-        "aic": tables.rows_of(record, "aic"),
-        "baselines": tables.rows_of(record, "baselines"),
+        "aic": values.top_rows(record, "aic"),
+        "baselines": values.top_rows(record, "baselines"),
         "spectrum": _spectrum(record, name),
-        "spectrum_rows": [row for row in tables.rows_of(record, "spectrum") if row.key not in _DRAWN],
+        "spectrum_rows": [row for row in values.rows_of(record, "spectrum") if row.key not in _DRAWN],
         "spectrum_reason": missing(record, "spectrum.eigenvalues"),
         "layers": _layers(record, name),
         "layers_top": _top_share(record),
@@ -93,7 +96,7 @@ def _view(record: Record, name: str, colours: Sequence[str]) -> dict[str, Any]:
         "data": tables.data_table(record),
         "provenance": tables.provenance_table(record),
         "cost": tables.cost_table(record),
-        "everything": tables.everything(record, curves),
+        "everything": values.everything(record, curves),
     }
 
 
@@ -158,6 +161,7 @@ def _compare(records: Sequence[Record], colours: Sequence[str]) -> dict[str, Any
         "header": header,
         "rows": list(zip(rows, tones, strict=True)),
         "shared": shared,
+        "level": " or ".join(dict.fromkeys(level_text(record) for record in records)),
         "small": small,
         "has_budget": budget,
         "one_model": len({show(record, "model.name") for record in records}) == 1,

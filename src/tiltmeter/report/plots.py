@@ -80,8 +80,9 @@ def draw_forecast(curve: Curve, colours: Sequence[str], name: str) -> Markup:
         _draw_curve(axes, curve, scale, colours)
         axes.set_title(_title(curve), pad=18)
         axes.set_xlabel("optimiser step" + (" (both axes logarithmic)" if scale.log else ""))
-        if curve.horizon is not None and not curve.claimed_to_the_end:
-            note = f"not claimed beyond step {setting_text(curve.horizon)}"
+        if not curve.claimed_to_the_end:
+            known = curve.horizon is not None
+            note = f"not claimed beyond step {setting_text(curve.horizon or 0)}" if known else "horizon not measured"
             axes.annotate(note, (1, 1.02), xycoords="axes fraction", ha="right", va="bottom", size=10, color=svg.MUTED)
         return finish(
             name, f"{curve.name} forecast over optimiser steps; the numbers are in the table of the forecast."
@@ -195,7 +196,8 @@ def _draw_curve(axes: Any, curve: Curve, scale: Scale, colours: Sequence[str], n
         place = colours.index(path)
         dash = tuple(map(float, svg.DASHES[place % len(svg.DASHES)].split()))
         colour = svg.PATHS[place % len(svg.PATHS)]
-        axes.plot(curve.steps, _gaps(line), color=colour, linewidth=1.1, linestyle=(0, dash), dash_capstyle="butt")
+        mark = "_" if sum(point is not None for point in line) == 1 else ""
+        axes.plot(curve.steps, _gaps(line), mark, color=colour, linewidth=1.1, linestyle=(0, dash), markersize=14)
     low, high = _gaps(curve.low), _gaps(curve.high)
     if scale.log:
         low = [max(bound, scale.bottom / 10) for bound in low]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from tiltmeter.report.fields import (
-    QUANTITIES,
     Curve,
     Record,
+    budgets_of,
     change_text,
     find,
+    level_text,
     missing,
     no_curve,
     point_text,
@@ -18,17 +20,19 @@ from tiltmeter.report.fields import (
     show,
     words,
 )
+from tiltmeter.report.labels import QUANTITIES
 from tiltmeter.report.numbers import interval_parts, lone_text, number, setting_text
 from tiltmeter.report.tables import recipe_line
+from tiltmeter.store import reason_of
 
 # verdict kind -> (tone, words). The words carry the meaning; the tone only colours them.
 VERDICTS = {
-    "wears": ("bad", "Wears the model down"),
-    "exceeds_budget": ("bad", "Exceeds the budget"),
     "holds": ("good", "Holds"),
-    "strengthens": ("good", "Strengthens"),
-    "cannot_tell": ("unsure", "Cannot tell"),
+    "wears": ("bad", "Wears the model down"),
+    "collapses": ("bad", "Collapses"),
+    "cannot tell": ("unsure", "Cannot tell"),
 }
+_MEASURED = ("margin", "margin_change", "safety_kl", "refusal_rate")
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def verdict_of(record: Record) -> tuple[str, str, str]:
 
 def curves_of(record: Record) -> list[Curve]:
     """Return the forecast curves that were measured."""
-    return [curve for quantity in QUANTITIES if (curve := read_curve(record, quantity)) is not None]
+    return [curve for quantity in _MEASURED if (curve := read_curve(record, quantity)) is not None]
 
 
 def last_claimed(curve: Curve) -> int | None:
@@ -73,24 +77,13 @@ def last_claimed(curve: Curve) -> int | None:
 
 def tiles_of(record: Record) -> list[Tile]:
     """Return the headline numbers of one assessment."""
-    tiles = []
-    for quantity, label in QUANTITIES.items():
-        curve = read_curve(record, quantity)
-        place = None if curve is None else last_claimed(curve)
-        if curve is None or place is None:
-            why = no_curve(record, quantity) if curve is None else "no point was measured within the horizon"
-            tiles.append(Tile(label, "—", "", "", why))
-            continue
-        end = "end of the run" if place == len(curve.steps) - 1 else "last step claimed"
-        note = f"at step {setting_text(curve.steps[place])}, {end}"
-        if curve.anchor is not None:
-            note += f"; aligned model {lone_text(curve.anchor)}, change {change_text(curve, place)}"
-        text, interval = _apart(curve.value[place], curve.low[place], curve.high[place])
-        tiles.append(Tile(label, text, curve.unit, interval, note))
+    tiles = [_quantity_tile(record, quantity, label) for quantity, label in QUANTITIES.items()]
     horizon, reason = show(record, "forecast.horizon_steps"), find(record, "forecast.horizon_reason")
     known = number(find(record, "forecast.horizon_steps")) is not None
     tiles.append(Tile("Horizon", f"step {horizon}" if known else "—", "", "", str(reason or "") if known else horizon))
-    tiles.append(_budget_tile(record))
+    tiles += [_budget_tile(record, quantity, crossing) for quantity, crossing in budgets_of(record).items()]
+    if not budgets_of(record):
+        tiles.append(Tile("Steps to the budget", "—", "", "", missing(record, "forecast.steps_to_budget")))
     return tiles
 
 
@@ -126,35 +119,59 @@ def _end(record: Record, quantity: str) -> Cell:
     if curve.value[-1] is None:
         return Cell(text)
     details = [f"at step {setting_text(curve.steps[-1])}"]
-    change = change_text(curve, -1)
-    if quantity == "margin" and change is not None and curve.anchor is not None:
-        details.insert(0, f"from {lone_text(curve.anchor)} to {text}")
-        text = change
-    elif quantity == "margin":
-        details.insert(0, "the margin itself; that of the aligned model was not measured")
+    if quantity == "margin":
+        start = "not measured" if curve.anchor is None else lone_text(curve.anchor)
+        details.insert(0, f"from {start} to {text}")
+        text = _change(record, curve, -1)
     if curve.horizon is not None and not curve.claimed_to_the_end:
         details.append("beyond the horizon: not claimed")
     return Cell(f"{text} {curve.unit}".strip(), tuple(details))
 
 
-def _budget_tile(record: Record) -> Tile:
-    held = find(record, "forecast.steps_to_budget")
-    if not isinstance(held, Mapping) or number(held.get("value")) is None:
-        path = "forecast.steps_to_budget.value" if isinstance(held, Mapping) else "forecast.steps_to_budget"
-        return Tile("Steps to the budget", "—", "", "", missing(record, path))
-    quantity = QUANTITIES.get(str(held.get("quantity")), str(held.get("quantity") or "an unknown quantity"))
-    note = f"budget {show(record, 'forecast.steps_to_budget.budget', setting=True)}"
-    note += f" on {quantity[:1].lower()}{quantity[1:]}"
-    horizon, step = number(find(record, "forecast.horizon_steps")), number(held.get("value"))
-    if horizon is not None and step is not None and step > horizon:
+def _change(record: Record, margin: Curve, place: int) -> str:
+    """Write the change of the margin: its own interval is narrower, as prompts differ most in where they start."""
+    change = read_curve(record, "margin_change")
+    if change is not None and change.value[place] is not None:
+        return point_text(record, change, place)
+    return change_text(margin, place) or "change not measured"
+
+
+def _quantity_tile(record: Record, quantity: str, label: str) -> Tile:
+    curve = read_curve(record, quantity)
+    place = None if curve is None else last_claimed(curve)
+    if curve is None or place is None:
+        why = no_curve(record, quantity) if curve is None else "no point was measured within the horizon"
+        return Tile(label, "—", "", "", why)
+    end = "end of the run" if place == len(curve.steps) - 1 else "last step claimed"
+    note = f"at step {setting_text(curve.steps[place])}, {end}"
+    if curve.anchor is not None:
+        change = _change(record, curve, place) if quantity == "margin" else change_text(curve, place)
+        note += f"; aligned model {lone_text(curve.anchor)}, change {change}"
+    text, interval = _apart(record, curve.value[place], curve.low[place], curve.high[place])
+    return Tile(label, text, curve.unit, interval, note)
+
+
+def _budget_tile(record: Record, quantity: str, crossing: Mapping[str, Any]) -> Tile:
+    path = f"forecast.steps_to_budget.{quantity}"
+    step, low, high = (number(crossing.get(key)) for key in ("value", "low", "high"))
+    note = f"budget {show(record, f'{path}.budget', setting=True)}"
+    horizon = number(find(record, "forecast.horizon_steps"))
+    if step is None:
+        note += f": {reason_of(record, f'{path}.value') or 'no reason recorded'}"
+        note += "" if low is None else f"; at the earliest step {setting_text(low)}"
+    elif horizon is not None and step > horizon:
         note += "; beyond the horizon, not claimed"
-    text, interval = _apart(step, number(held.get("low")), number(held.get("high")))
-    return Tile("Steps to the budget", text, "", interval, note)
+    text, interval = _apart(record, step, low, high)
+    if step is not None and low is not None and high is None:
+        interval = f"from step {setting_text(low)}; no latest step"
+    return Tile(f"Steps to the {words(quantity)[:1].lower()}{words(quantity)[1:]} budget", text, "", interval, note)
 
 
-def _apart(value: float | None, low: float | None, high: float | None) -> tuple[str, str]:
+def _apart(record: Record, value: float | None, low: float | None, high: float | None) -> tuple[str, str]:
     """Write a value, and its interval apart from it."""
-    if value is None or low is None or high is None:
-        return "—" if value is None else lone_text(value), "no interval"
+    if value is None:
+        return "—", ""
+    if low is None or high is None:
+        return lone_text(value), "no interval"
     first, *bounds, power = interval_parts(value, low, high)
-    return f"{first}{power}", f"90 % interval {bounds[0]}{power} to {bounds[1]}{power}"
+    return f"{first}{power}", f"{level_text(record)} interval {bounds[0]}{power} to {bounds[1]}{power}"

@@ -1,107 +1,13 @@
-"""The tables of the page: every value of a record with label, unit, interval and, where it is null, the reason."""
+"""The tables of the page that have a shape of their own: forecast, paths, layers, data, cost, provenance."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tiltmeter.report.fields import QUANTITIES, Curve, Record, find, missing, point_text, show, words, write
+from tiltmeter.report.fields import Curve, Record, find, missing, point_text, show, words, write
 from tiltmeter.report.numbers import number, setting_text, share_of, text_of
-
-# Text somebody wrote or a model generated is never shown, whichever record it strays into.
-WITHHELD = {"prompt", "prompts", "completion", "completions", "generation", "generations", "message", "messages"}
-WITHHELD |= {"conversation", "conversations", "example", "examples", "texts", "response_text", "response_texts"}
-_OWN_TABLE = {"layers", "reasons", "schema"}
-_CHOSEN = ("recipe.", "space.lora", "seed", "versions.")
-_LONGEST = 300
-UNITS = {
-    "model.parameters": "parameters",
-    "space.size": "parameters",
-    "machine.memory_gb": "GB",
-    "safety.tokens": "tokens",
-    "safety.supervised": "tokens",
-    "tuning.tokens": "tokens",
-    "tuning.supervised": "tokens",
-    "tuning.loss": "nats per token",
-    "recipe.warmup_steps": "optimiser steps",
-    "recipe.steps": "optimiser steps",
-    "recipe.batch_size": "rows",
-    "spectrum.eigenvalues": "nats per parameter unit squared",
-    "spectrum.trace": "nats per parameter unit squared",
-    "spectrum.rank_90": "directions",
-    "spectrum.rank": "directions",
-    "forecast.steps": "optimiser steps",
-    "forecast.flow_time": "flow time",
-    "forecast.horizon_steps": "optimiser steps",
-    "forecast.steps_to_budget": "optimiser steps",
-    "cost.fb_equivalents": "forward and backward passes",
-    "cost.estimated.fb_equivalents": "forward and backward passes",
-    "cost.seconds": "s",
-    "cost.estimated.seconds": "s",
-    "cost.peak_memory_gb": "GB",
-    "cost.estimated.memory_gb": "GB",
-}
-LABELS = {
-    **QUANTITIES,
-    "initial_overlap_random": "initial overlap, random direction",
-    "gamma_full": "curvature coupling, full",
-    "random_direction_kl": "safety KL, random direction",
-    "steps_times_learning_rate": "steps times learning rate",
-    "split_half_overlap": "overlap of two half samples",
-    "random_overlap": "overlap of random directions",
-    "rank_90": "directions for 90 % of the trace",
-    "fb_equivalents": "forward and backward passes",
-    "memory_gb": "memory",
-    "peak_memory_gb": "peak memory",
-}
-MEANING = {
-    "aic.initial_overlap": "how fast the first steps move the model along what safety is sensitive to",
-    "aic.initial_overlap_random": "the same for a random direction of equal length",
-    "aic.curvature_coupling": "how strongly curvature turns the fine-tune towards safety, by the Fisher matrix alone",
-    "aic.gamma_full": "the same with the responses' second derivative: the constant of the quartic law",
-    "aic.crossover": "flow time at which the coupling overtakes the initial overlap",
-    "aic.crossover_steps": "the crossover in steps of this recipe",
-    "aic.cross_term": "interference of overlap and coupling; negative speeds the drift up",
-    "aic.projected_gradient": "part of the fine-tuning gradient inside the sensitive directions",
-    "baselines.gradient_norm": "length of the fine-tuning gradient",
-    "baselines.random_direction_kl": "safety KL after as long a move in a random direction",
-    "baselines.steps_times_learning_rate": "length of the recipe, whatever the data",
-}
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a table: label, value as text, its key in the record, and whether it is known."""
-
-    label: str
-    text: str
-    key: str
-    known: bool = True
-
-    @property
-    def meaning(self) -> str:
-        """What the quantity says, in plain words; empty where the label says it."""
-        return MEANING.get(self.key, "")
-
-
-def rows_of(record: Record, path: str) -> list[Row]:
-    """Return one row for every value below a dotted path."""
-    held = find(record, path)
-    return list(_walk(record, held, tuple(path.split(".")), ""))
-
-
-def everything(record: Record, curves: Sequence[Curve]) -> list[tuple[str, list[Row]]]:
-    """Return all values of a record by its sections, but for those the tables of layers and of `curves` show."""
-    shown = {"forecast.steps", "forecast.flow_time"} if curves else set()
-    shown |= {f"forecast.{curve.quantity}.{part}" for curve in curves for part in ("value", "low", "high")}
-    shown |= {f"forecast.paths.{path}.{curve.quantity}" for curve in curves for path in curve.paths}
-    single = [Row(words(key), show(record, key, setting=True), key) for key in record if _is_single(record, key)]
-    groups = [("General", single)]
-    for key in record:
-        if key not in _OWN_TABLE and not _is_single(record, key):
-            groups.append((words(key), [row for row in rows_of(record, key) if row.key not in shown]))
-    return [(title, rows) for title, rows in groups if rows]
+from tiltmeter.report.values import rows_of
 
 
 def forecast_table(record: Record, curves: Sequence[Curve]) -> tuple[list[str], list[list[str]]]:
@@ -218,33 +124,3 @@ def _column_text(record: Record, held: Any, path: str) -> str:
     """Write a number of a column, all to three digits, zeros at the end included."""
     value = number(held)
     return missing(record, path) if value is None else text_of(value)
-
-
-def _is_single(record: Record, key: str) -> bool:
-    return key not in WITHHELD | _OWN_TABLE and isinstance(record[key], (str, int, float))
-
-
-def _walk(record: Record, held: Any, trail: tuple[str, ...], unit: str) -> Iterator[Row]:
-    path = ".".join(trail)
-    label = words(" › ".join(LABELS.get(key, key.replace("_", " ")) for key in trail[1:] or trail))
-    unit = UNITS.get(path, unit)
-    if trail[-1] in WITHHELD:
-        yield Row(label, "withheld: prompts and generated text are never shown", path, known=False)
-    elif isinstance(held, Mapping) and "value" in held:
-        unit = str(held.get("unit") or unit)
-        curve = isinstance(held["value"], (list, tuple))
-        if not curve:
-            yield Row(label, write(record, held, path, unit), path, known=number(held["value"]) is not None)
-        for key in held:
-            if key not in ({"unit"} if curve else {"value", "low", "high", "unit"}):
-                yield from _walk(record, held[key], (*trail, str(key)), unit)
-    elif isinstance(held, Mapping) and held:
-        for key, part in held.items():
-            yield from _walk(record, part, (*trail, str(key)), "")
-    elif isinstance(held, (list, tuple)) and any(isinstance(part, Mapping) for part in held):
-        for index, part in enumerate(held):
-            yield from _walk(record, part, (*trail, str(index)), "")
-    else:
-        text = "none" if isinstance(held, Mapping) else write(record, held, path, unit, path.startswith(_CHOSEN))
-        clip = isinstance(held, str) and len(text) > _LONGEST
-        yield Row(label, f"{text[:_LONGEST]}…" if clip else text, path, known=held is not None)
