@@ -26,6 +26,9 @@ OPTIMIZERS = {
     "sgd": "sgd",
 }
 
+#: Fields of TrainingArguments that bend the run and that no path knows; ignoring them would be a wrong forecast.
+NO_FORECAST = ("lr_scheduler_kwargs", "optim_args", "label_smoothing_factor", "neftune_noise_alpha")
+
 
 @dataclass(frozen=True)
 class Lora:
@@ -87,10 +90,11 @@ class Recipe:
                 raise RecipeError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not (0 <= self.momentum < 1 and all(0 <= beta < 1 for beta in self.betas)):
             raise RecipeError(f"momentum and betas must be in [0, 1), got {self.momentum} and {self.betas}")
-        if self.warmup_steps < 0 or self.weight_decay < 0 or self.max_grad_norm < 0:
-            raise RecipeError("warmup_steps, weight_decay and max_grad_norm must not be negative")
-        if self.lora is not None and self.lora.r < 1:
-            raise RecipeError(f"LoRA rank must be at least 1, got {self.lora.r}")
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm"):
+            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
+                raise RecipeError(f"{name} must be a number and not negative, got {getattr(self, name)}")
+        if self.lora is not None and (self.lora.r < 1 or not 0 < self.lora.alpha < math.inf):
+            raise RecipeError(f"LoRA rank and alpha must be positive, got {self.lora.r} and {self.lora.alpha}")
 
     @property
     def metric(self) -> Adam | Sgd:
@@ -103,20 +107,22 @@ class Recipe:
         """Learning rate of every step, from transformers' own schedule.
 
         Raises:
-            RecipeError: unknown schedule.
+            RecipeError: unknown schedule, or one that cannot be told beforehand.
         """
         optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=self.learning_rate)
+        rates = []
         try:
             scheduler = get_scheduler(
                 self.schedule, optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=self.steps
             )
+            for _ in range(self.steps):
+                rates.append(float(optimizer.param_groups[0]["lr"]))
+                optimizer.step()
+                scheduler.step()
         except ValueError as error:
             raise RecipeError(f"unknown learning-rate schedule {self.schedule!r}: {error}") from error
-        rates = []
-        for _ in range(self.steps):
-            rates.append(float(optimizer.param_groups[0]["lr"]))
-            optimizer.step()
-            scheduler.step()
+        except TypeError as error:  # it follows the measured loss, or needs lr_scheduler_kwargs
+            raise RecipeError(f"the schedule {self.schedule!r} cannot be told beforehand: {error}") from error
         return Clock(torch.tensor(rates, dtype=torch.float64))
 
     def as_dict(self) -> dict[str, Any]:
@@ -141,6 +147,8 @@ def read_recipe(path: str | Path, rows: int | None = None) -> Recipe:
         loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"cannot read the recipe {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"the recipe {file} is not UTF-8 text: {error}") from error
     except yaml.YAMLError as error:
         raise RecipeError(f"the recipe {file} is not valid YAML: {error}") from error
     if not isinstance(loaded, dict):
@@ -158,15 +166,18 @@ def recipe_of(given: Mapping[str, Any], rows: int | None = None) -> Recipe:
     ours = {"lora", "max_length", "momentum"}
     for key in given:
         if key not in known and key not in ours:
-            near = difflib.get_close_matches(key, [*known, *ours], 1)
+            near = difflib.get_close_matches(str(key), [*known, *ours], 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise RecipeError(
                 f"unknown key {key!r} in the recipe: expected fields of TrainingArguments or `lora`{hint}"
             )
+    for key in NO_FORECAST:
+        if given.get(key):
+            raise RecipeError(f"{key} changes the run in a way that has no forecast yet; assess without it")
     args = {**known, **given}
     try:
         batch = int(args["per_device_train_batch_size"]) * int(args["gradient_accumulation_steps"])
-        steps = _steps(args, rows, batch)
+        steps = _steps(args, rows)
         warmup = float(args["warmup_steps"] or 0)
         recipe = Recipe(
             optimizer=str(getattr(args["optim"], "value", args["optim"])) if "optim" in given else "adamw",
@@ -184,20 +195,28 @@ def recipe_of(given: Mapping[str, Any], rows: int | None = None) -> Recipe:
             max_length=int(given.get("max_length", 1024)),
             seed=int(args["seed"]),
         )
-    except (TypeError, ValueError) as error:
+        return recipe if given.get("lora") is None else replace(recipe, lora=_lora(given["lora"]))
+    except (TypeError, ValueError, OverflowError) as error:
         raise RecipeError(f"a value in the recipe is not a number: {error}") from error
-    return replace(recipe, lora=_lora(given["lora"])) if given.get("lora") else recipe
 
 
-def _steps(args: Mapping[str, Any], rows: int | None, batch: int) -> int:
+def _steps(args: Mapping[str, Any], rows: int | None) -> int:
+    """Optimiser steps as the Trainer counts them: the last batch of an epoch may be smaller, and is a step too."""
     if int(args["max_steps"]) > 0:
         return int(args["max_steps"])
     if rows is None:
         raise RecipeError("the recipe gives epochs, not max_steps, and the size of the tuning set is not known here")
-    return max(1, math.ceil(float(args["num_train_epochs"]) * rows / batch))
+    epochs = float(args["num_train_epochs"])
+    if not epochs > 0:
+        raise RecipeError(f"num_train_epochs must be positive where max_steps is not given, got {epochs}")
+    batches = rows / max(1, int(args["per_device_train_batch_size"]))
+    batches = math.floor(batches) if args["dataloader_drop_last"] else math.ceil(batches)
+    return math.ceil(epochs * max(1, math.ceil(batches / max(1, int(args["gradient_accumulation_steps"])))))
 
 
-def _lora(given: Mapping[str, Any]) -> Lora:
+def _lora(given: Any) -> Lora:
+    if not isinstance(given, Mapping):
+        raise RecipeError(f"section lora must have r, and may have lora_alpha and target_modules; got {given!r}")
     unknown = set(given) - {"r", "lora_alpha", "alpha", "target_modules", "lora_dropout", "task_type", "bias"}
     if unknown or "r" not in given:
         raise RecipeError(f"section lora must have r, and may have lora_alpha and target_modules; got {sorted(given)}")
