@@ -17,7 +17,7 @@ from tiltmeter.jobs.measure import Findings, measure
 from tiltmeter.jobs.outlook import Outlook, look_out
 from tiltmeter.jobs.recipe import Recipe
 from tiltmeter.jobs.record import Cost, arrays_of, record_of
-from tiltmeter.jobs.subject import Options, Report, Subject, measure_subject, silent, with_lora
+from tiltmeter.jobs.subject import Options, Report, Subject, measure_subject, silent, snapshot, with_lora
 from tiltmeter.jobs.tuning import Tuning, prepare_tuning
 from tiltmeter.lm.model import undisturbed
 from tiltmeter.lm.rows import RowSet
@@ -85,6 +85,7 @@ def assess(
     """
     options = options or Options()
     check_options(options)
+    recipe.clock()  # a schedule that nobody knows is better told before the model is loaded
     rows, tuning_rows = open_rows(safety), open_rows(tuning)
     report("loading the model")
     opened = open_model(model, adapter=adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -118,6 +119,7 @@ def assess_subject(
             f"the recipe trains {recipe.lora or 'all parameters'}, but the model was measured for "
             f"{subject.lora or 'all parameters'}; measure the subject with the recipe's own LoRA setting"
         )
+    before = snapshot(subject.forward.passes)
     tuning = prepare_tuning(subject, rows, recipe, options)
     expected = estimate(subject, tuning, recipe, options)
     if announce is not None:
@@ -125,7 +127,10 @@ def assess_subject(
     begin = time.perf_counter()
     found = measure(subject, tuning, recipe, options, report)
     outlook = look_out(subject, found, options)
-    cost = Cost(expected, time.perf_counter() - begin + subject.seconds, peak_gb(), data_tokens(subject, tuning))
+    now, spent = subject.forward.passes, subject.spent
+    passes = Passes(spent.calls + now.calls - before.calls, spent.tokens + now.tokens - before.tokens)
+    seconds = time.perf_counter() - begin + subject.seconds
+    cost = Cost(expected, passes, seconds, peak_gb(), data_tokens(subject, tuning))
     return _assemble(subject, tuning, recipe, options, found, outlook, cost)
 
 
@@ -158,6 +163,7 @@ def check_options(options: Options) -> None:
         "groups": 2,
         "grid": 2,
         "max_tokens": 1,
+        "krylov": 0,
     }.items():
         value = getattr(options, name)
         if value < least:

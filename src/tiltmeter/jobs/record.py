@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tiltmeter.geometry.forecast import Curve, jackknife, mean_interval
+from tiltmeter.geometry.objective import Passes
 from tiltmeter.geometry.sensitivity import rank_by_energy
 from tiltmeter.jobs.estimate import Estimate
 from tiltmeter.jobs.measure import Findings
@@ -29,12 +30,14 @@ class Cost:
 
     Attributes:
         expected: the estimate made before.
+        passes: what this assessment took, the safety side included.
         seconds: wall time, the safety side included.
         peak_gb: largest memory of the process.
         tokens: of all data, each sequence once.
     """
 
     expected: Estimate
+    passes: Passes
     seconds: float
     peak_gb: float
     tokens: int
@@ -68,7 +71,7 @@ def record_of(
         why["space.lora"] = why["recipe.lora"] = "full fine-tuning"
     elif lora["targets"] is None:
         why["space.lora.targets"] = why["recipe.lora.targets"] = "peft's own choice for this architecture"
-    passes = subject.forward.passes
+    passes = cost.passes
     return {
         "schema": SCHEMA,
         **provenance(str(subject.forward.device)),

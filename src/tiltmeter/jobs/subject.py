@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 import torch
@@ -100,6 +100,7 @@ class Subject:
         seconds: time spent.
         hessian: how Hessian products are taken in this space.
         lora: the LoRA configuration, or None for full fine-tuning.
+        spent: passes that measuring the subject took.
     """
 
     opened: Opened
@@ -118,6 +119,7 @@ class Subject:
     seconds: float
     hessian: Literal["exact", "difference"] = "exact"
     lora: Lora | None = None
+    spent: Passes = field(default_factory=Passes)
 
     @property
     def loaded(self) -> Loaded:
@@ -210,7 +212,13 @@ def measure_subject(
         time.perf_counter() - begin,
         hessian,
         lora,
+        snapshot(forward.passes),
     )
+
+
+def snapshot(passes: Passes) -> Passes:
+    """The counts as they stand now."""
+    return Passes(+passes.calls, +passes.tokens)
 
 
 def answer_safety(opened: Opened, rows: RowSet, options: Options, passes: Passes) -> SafetySet:
