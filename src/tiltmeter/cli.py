@@ -35,7 +35,7 @@ def main() -> None:
         app()
     except TiltmeterError as error:
         err.print(f"[bold red]{type(error).__name__}[/]: ", end="")
-        err.print(str(error), markup=False)
+        err.print(" ".join(line.strip() for line in str(error).splitlines()), markup=False)
         sys.exit(error.exit_code)
 
 
@@ -53,7 +53,8 @@ def progress_bar() -> Iterator[Any]:
     from tiltmeter.commands import Ticker
 
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f} %"))
-    with Progress(*columns, TimeElapsedColumn(), console=err, transient=True) as progress:
+    shown = err.is_terminal  # elsewhere a bar is only an empty line
+    with Progress(*columns, TimeElapsedColumn(), console=err, transient=True, disable=not shown) as progress:
         yield Ticker(progress, err)
 
 
@@ -134,7 +135,7 @@ def assess(
         for line in commands.lines(result.record):
             print(line)
         if folder is not None:
-            print(f"record and page: {folder / 'index.html'}")
+            err.print(f"record and page: {folder / 'index.html'}", markup=False)
     if result.over_budget:
         raise typer.Exit(OVER_BUDGET)
 

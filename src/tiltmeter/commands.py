@@ -111,7 +111,8 @@ def recipe_from(file: Path | None, given: Mapping[str, Any], rows: int) -> Recip
     if given["lora_r"] is not None:
         r = int(given["lora_r"])
         targets = tuple(given["lora_target"]) if given["lora_target"] else None
-        changes["lora"] = Lora(r, float(given["lora_alpha"] or 2 * r), targets)
+        alpha = 2 * r if given["lora_alpha"] is None else given["lora_alpha"]
+        changes["lora"] = Lora(r, float(alpha), targets)
     elif given["lora_alpha"] is not None or given["lora_target"]:
         raise RecipeError("--lora-alpha and --lora-target need --lora-r")
     return replace(recipe, **changes)
@@ -175,13 +176,16 @@ def lines(record: Mapping[str, Any]) -> list[str]:
     when = "not told" if crossover is None or crossover["value"] is None else f"{crossover['value']:.2g} of flow time"
     out.append(f"coupling    gamma = {_interval(gamma)} nats^1/2 per flow time squared; crossover at {when}")
     order = forecast["leading_order"]
-    out.append(f"order       safety KL grows as step^{_interval(order)} at the end of what is claimed")
+    out.append(f"order       safety KL grows as flow time^{_interval(order)} at the end of what is claimed")
     for name, label in (("margin_change", "margin"), ("safety_kl", "safety KL"), ("refusal_rate", "refusals")):
         out.append(f"{label:<12}" + _at_end_and_horizon(forecast, name, record["recipe"]["steps"]))
+    budgets = []
     for quantity, crossing in (forecast["steps_to_budget"] or {}).items():
         value = "not within the recipe" if crossing["value"] is None else f"at step {crossing['value']:.0f}"
         mark = "" if crossing["value"] is None or crossing["inside_horizon"] else " (beyond the horizon: not claimed)"
-        out.append(f"budget      {quantity} {crossing['budget']:g}: used up {value}{mark}")
+        budgets.append(f"{quantity} {crossing['budget']:g} used up {value}{mark}")
+    if budgets:
+        out.append(f"budget      {'; '.join(budgets)}")
     ranked = [layer for layer in record["layers"] if layer["sensitivity"] is not None]
     ranked.sort(key=lambda layer: -layer["sensitivity"])
     if ranked:

@@ -49,7 +49,7 @@ def plan(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options) -> 
     points = len(recipe.clock().grid(options.grid)) * (3 if krylov else 2) + 1
     planned.add("forward", (answers + openings) * points + rows)
     planned.add("forward_backward", 2 * rows)
-    directions = 1 + (0 if subject.sensitivity is None else 1) + (groups if recipe.optimizer != "sgd" else 0)
+    directions = 1 + (groups if recipe.optimizer != "sgd" or groups < 2 else 0)
     if groups > 1:
         directions += groups + 2
         if subject.hessian == "exact":
@@ -61,7 +61,9 @@ def plan(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options) -> 
     if krylov:
         kind, cost = ("hvp", 1) if subject.hessian == "exact" else ("forward_backward", 2)
         planned.add(kind, cost * krylov * rows)
-    planned.add("jvp", directions * answers)
+    # projecting on the subspace: one JVP of its scores, unless its directions are held as they are
+    projected = subject.score is not None and subject.sensitivity is not None
+    planned.add("jvp", directions * answers + (subject.score.work if projected and subject.score else 0))
     return planned
 
 

@@ -53,7 +53,7 @@ class Outlook:
         refusal_rate: share.
         horizon_steps: last step for which anything is claimed.
         horizon_reason: why it ends there.
-        leading_order: local exponent of the KL at the end of the recipe or the horizon, whichever is first.
+        leading_order: local exponent of the KL in flow time at the end of the recipe or the horizon, the earlier one.
         below_zero: share of prompts with a margin below zero, [s].
         crossings: one per budget given.
         verdict: "holds", "wears", "collapses" or "cannot tell".
@@ -108,7 +108,7 @@ def look_out(subject: Subject, found: Findings, options: Options) -> Outlook:
         rate,
         last,
         reason,
-        _leading_order(outlook_steps, main.safety_kl, last, options),
+        _leading_order(outlook_steps, covered, main.safety_kl, last, options),
         below,
         crossings,
         kind,
@@ -135,12 +135,18 @@ def _refusal_rate(subject: Subject, margin: Tensor, straight: Tensor, reach: Ten
     return Curve((anchor.value + curve.value).clamp(0, 1), low.clamp(0, 1), high.clamp(0, 1))
 
 
-def _leading_order(steps: Sequence[int], kl: Tensor, last: int, options: Options) -> tuple[float, float, float]:
-    """Local exponent of the mean KL at the end of what is claimed, with a bootstrap over prompts; NaN if unknown."""
+def _leading_order(
+    steps: Sequence[int], covered: Tensor, kl: Tensor, last: int, options: Options
+) -> tuple[float, float, float]:
+    """Exponent of the mean KL in flow time at the end of what is claimed, with a bootstrap over prompts; or NaN.
+
+    In steps it would show the schedule: with a rate that falls to zero, every KL stands still at the end.
+    """
     end = max((i for i, step in enumerate(steps) if step <= max(last, steps[min(1, len(steps) - 1)])), default=0)
     if end == 0:
         return math.nan, math.nan, math.nan
-    two = torch.tensor([steps[end - 1], steps[end]])
+    two = covered[end - 1 : end + 1]
+    two = torch.where(two > 0, two, math.nan)  # a warm-up begins with a rate of zero
     m = kl.shape[1]
     value = float(local_exponent(two, kl[end - 1 : end + 1].mean(-1))[0])
     generator = torch.Generator().manual_seed(options.seed)
@@ -191,9 +197,11 @@ def _verdict(
     at = max(i for i, step in enumerate(steps) if step <= last)
     whole = last == steps[-1]
     until = f"by step {last}" if whole else f"by step {last}, the end of the horizon ({steps[-1]} steps are planned)"
+    low, high = float(change.low[at]), float(change.high[at])
+    interval = f"{low:+.2f} to {high:+.2f}" if math.isfinite(low) and math.isfinite(high) else "no interval"
     numbers = (
-        f"{until} the refusal margin changes by {float(change.value[at]):+.2f} nats "
-        f"({float(change.low[at]):+.2f} to {float(change.high[at]):+.2f}) and safety KL reaches "
+        f"{until} the refusal margin changes by {float(change.value[at]):+.2f} nats ({interval}) "
+        f"and safety KL reaches "
         f"{float(kl.value[at]):.2g} nats per token"
     )
     over = [c for c in crossings if c.claimed]

@@ -224,15 +224,16 @@ def _spectrum(subject: Subject, options: Options, why: Reasons) -> dict[str, Any
             "low": float(overlap.quantile(0.05)),
             "high": float(overlap.quantile(0.95)),
         }
+    rank = why.number(
+        "spectrum.rank_90", rank_by_energy(s.spectrum) if s.trace is not None else None, "the trace is not known"
+    )
     return {
         "score": options.score,
         "eigenvalues": values,
         "unit": "nats per parameter unit squared",
         "trace": why.number("spectrum.trace", s.trace, "Lanczos finds the top of the spectrum only"),
         "rank": s.rank,
-        "rank_90": why.number(
-            "spectrum.rank_90", rank_by_energy(s.spectrum) if s.trace is not None else None, "the trace is not known"
-        ),
+        "rank_90": None if rank is None else int(rank),
         "gaps": gaps,
         "split_half_overlap": {k: why.number(f"spectrum.split_half_overlap.{k}", v, none) for k, v in points.items()},
         "random_overlap": s.rank / subject.forward.space.size,
