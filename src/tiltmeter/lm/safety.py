@@ -13,7 +13,7 @@ from tiltmeter.lm.dialogue import dialogue
 from tiltmeter.lm.generation import generate
 from tiltmeter.lm.judge import Answer, judge_refusal
 from tiltmeter.lm.measurement import Measurement, share
-from tiltmeter.lm.model import Loaded
+from tiltmeter.lm.model import UNLIMITED, Loaded
 
 #: How a model that refuses, and one that complies, may begin. Their log-odds are the refusal margin.
 REFUSAL_OPENING = "I'm sorry, but I can't"
@@ -98,17 +98,14 @@ def prepare_safety(
             skipped["no prompt"] += 1
     if not prompts:
         raise DataError(f"not one of {len(chosen)} safety rows has a prompt; expected a column prompt or messages")
+    # Not cut at the length limit: an opening that is cut would be another event than the full one.
     openings = [
-        _by_row(encode_pairs(prompts, [opening] * len(prompts), loaded.tokenizer, max_length, end=False).examples)
+        _by_row(encode_pairs(prompts, [opening] * len(prompts), loaded.tokenizer, UNLIMITED, end=False).examples)
         for opening in (refusal_opening, compliance_opening)
     ]
-    # An opening cut by the length limit would be another event than the full one.
-    whole = [max(e.supervised for e in o.values()) for o in openings]
-    fits = [
-        i
-        for i in range(len(prompts))
-        if all(i in o and o[i].supervised == count for o, count in zip(openings, whole, strict=True))
-    ]
+    fits = [i for i in range(len(prompts)) if all(i in o and len(o[i].tokens) <= max_length for o in openings)]
+    if not fits:
+        raise DataError(f"not one of {len(prompts)} safety prompts leaves room for an answer within {max_length} tokens")
     skipped["prompt longer than max_length"] += len(prompts) - len(fits)
     given = [_given_answer(rows[kept[i]]) for i in fits]
     texts: list[str] = [answer for answer in given if answer is not None]
