@@ -62,7 +62,9 @@ class Forward:
         targets = batch.labels[:, 1:]
         keep = (targets != UNSUPERVISED).any(0).nonzero()[:, 0]
         inputs: dict[str, object] = {"input_ids": batch.tokens.to(self.device), "use_cache": False}
-        narrow = "logits_to_keep" in inspect.signature(self.model.forward).parameters
+        # a PEFT model hands its arguments on to the model inside
+        inner = next(module for module in self.model.modules() if isinstance(module, PreTrainedModel))
+        narrow = "logits_to_keep" in inspect.signature(inner.forward).parameters
         if narrow:
             inputs["logits_to_keep"] = keep.to(self.device)
         out: Tensor = functional_call(self.model, dict(parameters), (), inputs, tie_weights=True).logits
