@@ -1,0 +1,185 @@
+"""Do the claims and the tests notice a lost factor? Break the package on purpose and see who complains.
+
+Each mutant is one textual change to a temporary copy of the package. `run_theory` and the geometry tests then run on
+that copy. A mutant is killed when at least one claim fails and at least one test fails; one that survives means the
+theory check proves less than it says.
+
+    python benchmarks/mutants.py [NAME ...]     # all of them: about 30 s each on one core
+
+Writes benchmarks/results/mutants.json after every mutant, and prints the table that stands in docs/theory.md.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "mutants.json"
+TESTS = ["tests/geometry/test_claims.py"]
+#: One process for both, since most of the time goes into starting torch.
+RUN = """
+import json, sys, pytest
+pytest.main(["-q", "-p", "no:cacheprovider", "--junitxml=tests.xml", *sys.argv[1:]])
+try:
+    from tiltmeter.jobs.theory import run_theory
+    failed = [claim.id for claim in run_theory(0).claims if not claim.holds]
+except Exception as error:
+    failed = [f"run_theory raised {type(error).__name__}"]
+json.dump(failed, open("claims.json", "w"))
+"""
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One mistake: `old`, which must occur exactly once in geometry/`file`, becomes `new`."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+
+
+MUTANTS = (
+    Mutant("lambda twice in the energy", "sensitivity", "(self.eigenvalues * z", "(self.eigenvalues.square() * z"),
+    Mutant("1/2 missing in the energy", "sensitivity", ".sum(-1) / 2", ".sum(-1)"),
+    Mutant("1/m missing in the spectrum", "sensitivity", "gram.double() / m", "gram.double()"),
+    Mutant("1/m missing in the Hessian", "objective", "value.mean() if weights", "value.sum() if weights"),
+    Mutant("1/8 becomes 1/4", "motion", "self.full * t**4 / 4", "self.full * t**4 / 2"),
+    Mutant(
+        "sign of the acceleration", "motion", "torch.add(first, second).div_(2)", "torch.add(first, second).div_(-2)"
+    ),
+    Mutant("sign of the velocity in the path", "motion", "path_form(-slope.mean", "path_form(slope.mean"),
+    Mutant("1/2 missing before H g", "objective", "t**2 / 2 * acceleration", "t**2 * acceleration"),
+    Mutant("mean over answers not taken off", "objective", "derivatives - (p * derivatives)", "derivatives - 0 * (p)"),
+    Mutant(
+        "own square kept between groups", "motion", "forms.sum((-2, -1)) - diagonal) / (j * (j - 1)", "diagonal) / (j"
+    ),
+    Mutant("noise of gamma added", "motion", "turn[:, 0, 0] - turn[:, 1, 1]", "turn[:, 0, 0] + turn[:, 1, 1]"),
+    Mutant(
+        "b_k with k (k + 1) / 2",
+        "metric",
+        "pull = self.momentum * pull + covered\n",
+        "pull = self.momentum * pull + covered + rate\n",
+    ),
+    Mutant(
+        "momentum forgotten",
+        "metric",
+        "self.momentum * velocity + slope\n            position",
+        "slope\n            position",
+    ),
+    Mutant(
+        "Nesterov's look-ahead forgotten in b_k",
+        "metric",
+        "covered + self.momentum * pull if self.nesterov else pull",
+        "pull",
+    ),
+    Mutant(
+        "metric forgotten in the direction",
+        "metric",
+        "mean / ((mean.square() + spread.square()).sqrt_().add_(self.epsilon))",
+        "mean",
+    ),
+    Mutant(
+        "metric forgotten in D",
+        "metric",
+        "1.0 / ((mean.square() + spread.square()).sqrt() + self.epsilon)",
+        "torch.ones_like(mean)",
+    ),
+    Mutant(
+        "spread forgotten in the direction",
+        "metric",
+        "mean / ((mean.square() + spread.square()).sqrt_()",
+        "mean / ((mean.square()).sqrt_()",
+    ),
+    Mutant("start norm of Krylov lost", "krylov", "self.start_norm * (vectors", "1.0 * (vectors"),
+    Mutant("sign of H g in the Taylor path", "path", "alpha=second)", "alpha=-second)"),
+    Mutant("secant path at the end of its intervals", "path", "(node + 0.5)", "(node + 1.0)"),
+    Mutant("decay without flow time", "path", "alpha=-covered * metric.weight_decay", "alpha=-metric.weight_decay"),
+    Mutant(
+        "square of the sum for the sum of squares",
+        "clock",
+        "self.rates.square().cumsum(0)",
+        "self.rates.cumsum(0).square()",
+    ),
+    Mutant(
+        "metric forgotten in the projection",
+        "projection",
+        "moved = column if preconditioner is None else column * preconditioner",
+        "moved = column",
+    ),
+    Mutant("projection twice as long", "projection", "alpha=-weight)", "alpha=-2 * weight)"),
+)
+
+
+def try_mutant(mutant: Mutant | None) -> dict[str, object]:
+    """Which claims and which tests fail on a broken copy (None: on a faithful one)."""
+    start = time.time()
+    with tempfile.TemporaryDirectory() as name:
+        copy = Path(name)
+        shutil.copytree(ROOT / "src", copy / "src", ignore=shutil.ignore_patterns("__pycache__"))
+        for test in TESTS:
+            (copy / test).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / test, copy / test)
+        shutil.copy(ROOT / "pyproject.toml", copy)
+        if mutant is not None:
+            path = copy / "src" / "tiltmeter" / "geometry" / f"{mutant.file}.py"
+            text = path.read_text()
+            if text.count(mutant.old) != 1:
+                raise SystemExit(f"{mutant.name}: expected the text once in {mutant.file}.py: {mutant.old!r}")
+            path.write_text(text.replace(mutant.old, mutant.new))
+        environment = {**os.environ, "PYTHONPATH": str(copy / "src"), "OMP_NUM_THREADS": "1"}
+        subprocess.run([sys.executable, "-c", RUN, *TESTS], cwd=copy, env=environment, capture_output=True)
+        claims = json.loads((copy / "claims.json").read_text())
+        cases = list(ElementTree.parse(copy / "tests.xml").iter("testcase"))
+    failed = [c.get("name", "") for c in cases if c.find("failure") is not None or c.find("error") is not None]
+    return {
+        "name": mutant.name if mutant else "none",
+        "file": f"geometry/{mutant.file}.py" if mutant else "",
+        "claims": claims,
+        "tests": failed,
+        "killed": bool(claims) and bool(failed),
+        "seconds": round(time.time() - start, 1),
+    }
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    """Markdown for docs/theory.md."""
+    lines = ["| mutant | in | claims that fail | tests that fail |", "|---|---|---|---|"]
+    for row in rows:
+        claims, tests = row["claims"], row["tests"]
+        assert isinstance(claims, list)
+        assert isinstance(tests, list)
+        shown = ", ".join(claims[:3]) + (f" and {len(claims) - 3} more" if len(claims) > 3 else "")
+        lines.append(f"| {row['name']} | {row['file']} | {len(claims)}: {shown} | {len(tests)} |")
+    return "\n".join(lines)
+
+
+def main(names: list[str]) -> int:
+    baseline = try_mutant(None)
+    if baseline["claims"] or baseline["tests"]:
+        print(f"the unbroken package fails already: {baseline['claims']} {baseline['tests']}")
+        return 1
+    old = json.loads(RESULTS.read_text())["mutants"] if names and RESULTS.exists() else []
+    rows = {row["name"]: row for row in old}
+    for mutant in MUTANTS:
+        if not names or mutant.name in names:
+            rows[mutant.name] = try_mutant(mutant)
+            ordered = [rows[m.name] for m in MUTANTS if m.name in rows]
+            RESULTS.write_text(json.dumps({"tests": TESTS, "mutants": ordered}, indent=1) + "\n")
+    print(table(ordered))
+    survivors = [row["name"] for row in ordered if not row["killed"]]
+    print(f"{len(ordered) - len(survivors)} of {len(ordered)} killed; survivors: {survivors}")
+    return 1 if survivors else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
