@@ -49,7 +49,13 @@ class Sgd:
 
     def flow_time(self, clock: Clock) -> Tensor:
         """First-order coefficient a_k of theta_k - anchor = -a_k g + b_k H g."""
-        return -self.response(clock, torch.zeros(1, dtype=torch.float64))[:, 0]
+        velocity = covered = 0.0
+        out = [0.0]
+        for rate in clock.rates.tolist():  # plain floats: asked for at every displacement, runs have 1e4 steps
+            velocity = self.momentum * velocity + 1.0
+            covered += rate * (1.0 + self.momentum * velocity if self.nesterov else velocity)
+            out.append(covered)
+        return torch.tensor(out, dtype=torch.float64)
 
     def second_order(self, clock: Clock) -> Tensor:
         """Second-order coefficient b_k, [steps + 1]; eta^2 k (k - 1) / 2 at constant rate without momentum."""
