@@ -126,13 +126,13 @@ class Regression:
 
 
 def squared_acceleration(groups: int, trials: int) -> Tensor:
-    """Estimates of ||H g||^2 from fresh data, 4 examples a group."""
+    """Estimates of ||H g||^2 from fresh data, 16 examples a group."""
     generator = torch.Generator().manual_seed(1)
     out = []
     for _ in range(trials):
-        a = 0.3 + torch.randn(4 * groups, 3, generator=generator, dtype=torch.float64)
-        y = -(a[:, 0] + 0.5 + torch.randn(4 * groups, generator=generator, dtype=torch.float64))
-        w = torch.eye(groups, dtype=torch.float64).repeat_interleave(4, 1) / 4
+        a = 0.3 + torch.randn(16 * groups, 3, generator=generator, dtype=torch.float64)
+        y = -(a[:, 0] + 0.5 + torch.randn(16 * groups, generator=generator, dtype=torch.float64))
+        w = torch.eye(groups, dtype=torch.float64).repeat_interleave(16, 1) / 16
         slopes = -(w * y) @ a
         slope = Slope(slopes.mean(0), slopes.std(0), tuple(slopes), w, slopes.norm(dim=1))
         got = measure_acceleration(Regression(a, y), slope)  # type: ignore[arg-type]
@@ -146,9 +146,9 @@ def test_coupling_is_unbiased_from_four_groups_and_not_from_two() -> None:
     h = torch.eye(3, dtype=torch.float64) + torch.outer(mean, mean)
     truth = float((h @ (h[:, 0] + 0.5 * mean)).square().sum())
     for groups, biased in ((4, False), (2, True)):
-        got = squared_acceleration(groups, 800)
+        got = squared_acceleration(groups, 400)
         z = (float(got.mean()) - truth) / (float(got.std()) / math.sqrt(len(got)))
-        assert z > 6 if biased else abs(z) < 3
+        assert z > 4 if biased else abs(z) < 3
 
 
 def test_krylov_starts_from_the_mean_gradient() -> None:
