@@ -105,7 +105,9 @@ def prepare_safety(
     ]
     fits = [i for i in range(len(prompts)) if all(i in o and len(o[i].tokens) <= max_length for o in openings)]
     if not fits:
-        raise DataError(f"not one of {len(prompts)} safety prompts leaves room for an answer within {max_length} tokens")
+        raise DataError(
+            f"not one of {len(prompts)} safety prompts leaves room for an answer within {max_length} tokens"
+        )
     skipped["prompt longer than max_length"] += len(prompts) - len(fits)
     given = [_given_answer(rows[kept[i]]) for i in fits]
     texts: list[str] = [answer for answer in given if answer is not None]
