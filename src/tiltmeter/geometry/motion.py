@@ -23,6 +23,9 @@ from tiltmeter.geometry.krylov import Krylov, lanczos
 from tiltmeter.geometry.objective import Objective, SoftmaxObjective
 from tiltmeter.geometry.space import norm
 
+#: Above so many parameters, vectors that only tell a sampling error are kept in bfloat16.
+LARGE = 2**25
+
 
 @dataclass(frozen=True)
 class Slope:
@@ -70,34 +73,42 @@ def measure_slope(
     count = batches.shape[0]
     if count == 0:
         raise DegenerateError("expected at least one tuning batch, got none")
-    sizes = torch.tensor_split(torch.arange(count), min(groups, count))
-    mean = square = None
-    kept, weights, norms = [], [], []
-    for members in sizes:
-        total = None
+    parts = torch.tensor_split(torch.arange(count), min(groups, count))
+    mean = torch.zeros(())  # widened by the first gradient
+    square = torch.zeros(())
+    kept: list[Tensor] = []
+    norms: list[float] = []
+    for members in parts:
+        total = torch.zeros(())
         for index in members.tolist():
-            gradient = objective.gradient(batches[index], displacement)
-            size = norm(gradient)
-            if not size < float("inf"):
-                raise NumericalError(
-                    f"the gradient of tuning batch {index} is not finite; check the data and the dtype"
-                )
-            norms.append(size)
-            if clip is not None and size > clip:
-                gradient = gradient * (clip / size)
-            total = gradient.clone() if total is None else total.add_(gradient)
-            square = gradient.square() if square is None else square.addcmul_(gradient, gradient)
-        assert total is not None
-        mean = total.clone() if mean is None else mean.add_(total)
-        kept.append(total.div_(len(members)).to(torch.bfloat16 if total.numel() > 2**25 else total.dtype))
-        weights.append(batches[members].mean(0))
-    assert mean is not None
-    assert square is not None
+            gradient = _clipped(objective.gradient(batches[index], displacement), index, clip, norms)
+            mean = _add(mean, gradient)
+            square = gradient.square() if square.ndim == 0 else square.addcmul_(gradient, gradient)
+            if len(parts) > 1:
+                total = _add(total, gradient)
+            del gradient  # before the next one is made
+        if len(parts) > 1:
+            kept.append(total.div_(len(members)).to(torch.bfloat16 if total.numel() > LARGE else total.dtype))
     mean.div_(count)
     spread = square.div_(count).addcmul_(mean, mean, value=-1).clamp_min_(0).sqrt_()
     if count == 1:
         spread.zero_()
-    return Slope(mean, spread, tuple(kept), torch.stack(weights), torch.tensor(norms, dtype=torch.float64))
+    weights = torch.stack([batches[members].mean(0) for members in parts])
+    return Slope(mean, spread, tuple(kept) or (mean,), weights, torch.tensor(norms, dtype=torch.float64))
+
+
+def _add(total: Tensor, vector: Tensor) -> Tensor:
+    """A running sum that starts as a scalar zero."""
+    return vector.clone() if total.ndim == 0 else total.add_(vector)
+
+
+def _clipped(gradient: Tensor, index: int, clip: float | None, norms: list[float]) -> Tensor:
+    """The gradient of one batch as the recipe clips it; its norm before is appended to `norms`."""
+    size = norm(gradient)
+    if not size < float("inf"):
+        raise NumericalError(f"the gradient of tuning batch {index} is not finite; check the data and the dtype")
+    norms.append(size)
+    return gradient.mul_(clip / size) if clip is not None and size > clip else gradient
 
 
 @dataclass(frozen=True)
@@ -141,7 +152,8 @@ def measure_acceleration(objective: Objective, slope: Slope) -> Acceleration:
         first = cross(parts[0], parts[1]).add_(cross(parts[1], parts[0])).div_(2)
         second = cross(parts[2], parts[3]).add_(cross(parts[3], parts[2])).div_(2)
     value = torch.add(first, second).div_(2)
-    return Acceleration(value, first.sub_(second).div_(2))
+    scatter = first.sub_(second).div_(2)
+    return Acceleration(value, scatter.to(torch.bfloat16) if scatter.numel() > LARGE else scatter)
 
 
 def _mean(vectors: Sequence[Tensor], like: Tensor) -> Tensor:
@@ -205,11 +217,11 @@ def measure_coupling(safety: SoftmaxObjective, slope: Slope, acceleration: Accel
     Error: exact for these prompts and batches, up to float32 rounding.
     Source: Springer et al. 2026, arXiv:2602.15799, definition 5.1; the constant Gamma is derived in docs/theory.md.
     """
-    groups = [group.to(slope.mean) for group in slope.groups]
-    forms = safety.fisher_form(groups)
+    forms = safety.fisher_form(slope.groups)
     turn = safety.fisher_form([acceleration.value, acceleration.half_difference])
-    path = safety.path_form(-slope.mean, acceleration.value)
+    # along +g the first derivative changes sign and the second does not: no negated copy of g is needed
+    path = safety.path_form(slope.mean, acceleration.value)
     gamma = turn[:, 0, 0] - turn[:, 1, 1]
     # log p's own curvature rides on the mean gradient, whose noise it squares too; only the H g part is corrected.
     full = path[:, 1, 1] - turn[:, 1, 1]
-    return Coupling(between_groups(forms), forms, path[:, 0, 1], gamma, full)
+    return Coupling(between_groups(forms), forms, -path[:, 0, 1], gamma, full)

@@ -18,6 +18,9 @@ from tiltmeter.geometry.krylov import Krylov
 from tiltmeter.geometry.metric import Metric, Sgd
 from tiltmeter.geometry.motion import Slope
 
+#: Values treated at a time.
+PIECE = 2**20
+
 
 class Path(Protocol):
     """A predicted trajectory."""
@@ -48,7 +51,9 @@ class LinearPath:
     def displacement(self, step: int) -> Tensor:
         """-a_k direction(g) - decay a_k theta, [n]."""
         covered = float(self.metric.flow_time(self.clock)[step])
-        out = self.metric.direction(self.slope.mean, self.slope.spread) * -covered
+        out = torch.empty_like(self.slope.mean)
+        for part in _pieces(out):
+            out[part] = self.metric.direction(self.slope.mean[part], self.slope.spread[part]) * -covered
         return _decay(out, self.metric, covered, self.decayed)
 
 
@@ -82,11 +87,12 @@ class CurvedPath:
         if not probed > 0:
             raise DegenerateError("the probe of the curved path stands at the anchor; choose a later probe step")
         out = torch.zeros_like(anchor.mean)
-        for node in range(self.nodes):
-            share = (node + 0.5) / self.nodes * covered / probed
-            mean = torch.lerp(anchor.mean, self.probe.mean, share)
-            spread = torch.lerp(anchor.spread, self.probe.spread, share).clamp_min_(0)
-            out.add_(metric.direction(mean, spread), alpha=-covered / self.nodes)
+        for part in _pieces(out):
+            for node in range(self.nodes):
+                share = (node + 0.5) / self.nodes * covered / probed
+                mean = torch.lerp(anchor.mean[part], self.probe.mean[part], share)
+                spread = torch.lerp(anchor.spread[part], self.probe.spread[part], share).clamp_min_(0)
+                out[part].add_(metric.direction(mean, spread), alpha=-covered / self.nodes)
         return _decay(out, metric, covered, self.linear.decayed)
 
 
@@ -132,6 +138,11 @@ class TaylorPath:
         first = float(self.metric.flow_time(self.clock)[step])
         second = float(self.metric.second_order(self.clock)[step])
         return (self.gradient * -first).add_(self.acceleration, alpha=second)
+
+
+def _pieces(vector: Tensor) -> list[slice]:
+    """Slices of a vector [n] that fit a cache; an elementwise rule then holds no temporary of length n."""
+    return [slice(start, start + PIECE) for start in range(0, vector.numel(), PIECE)]
 
 
 def _decay(displacement: Tensor, metric: Metric, covered: float, decayed: Tensor | None) -> Tensor:

@@ -90,22 +90,24 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
         )
     report("curvature coupling")
     coupling, why = _coupling(subject, tuning, slope)
-    generator = torch.Generator().manual_seed(options.seed)
-    random = torch.randn(slope.mean.numel(), generator=generator, dtype=slope.mean.dtype).to(slope.mean.device)
-    random.mul_(size / norm(random))
+    random = _random(slope.mean, size, options.seed)
     random_overlap = math.sqrt(float(divergence.fisher_form([random])[:, 0, 0].mean()))
+    del random
     projected = None
     if subject.sensitivity is not None:
         projected = norm(subject.sensitivity.coordinates(slope.mean).double())
     report("sampling error of the direction")
     directions = _group_directions(metric, slope)
-    slopes = torch.tensor([dot(subject.margin_gradient, v.to(slope.mean)) for v in directions], dtype=torch.float64)
+    slopes = torch.tensor(
+        [dot(subject.margin_gradient.to(slope.mean), v.to(slope.mean)) for v in directions], dtype=torch.float64
+    )
     if isinstance(metric, Sgd) and coupling is not None:
         forms = coupling.overlap_groups.mean(0)
     else:
         forms = divergence.fisher_form(directions).mean(0)
     speed_reach = _relative(forms, options.level)
     del directions
+    slope = replace(slope, groups=())  # no longer needed, and as large as two copies of the model
     linear = LinearPath(metric, clock, slope, _decayed(subject, recipe))
     ritz, paths = None, dict[str, Path](linear=linear)
     if options.krylov and isinstance(metric, Sgd):
@@ -126,7 +128,9 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
     end = paths["curved"].displacement(clock.steps)
     covered = metric.flow_time(clock)
     length = norm(end)
-    walk = random.mul_(length / size)
+    layer_slopes = _layer_slopes(subject, end, float(covered[-1]))
+    del end
+    walk = _random(slope.mean, length, options.seed)
     return Findings(
         clock,
         covered,
@@ -143,8 +147,15 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
         length,
         group_scatter(slopes, options.level),
         speed_reach,
-        _layer_slopes(subject, end, float(covered[-1])),
+        layer_slopes,
     )
+
+
+def _random(like: Tensor, length: float, seed: int) -> Tensor:
+    """A random direction of a given length, [n]."""
+    generator = torch.Generator().manual_seed(seed)
+    out = torch.randn(like.numel(), generator=generator, dtype=like.dtype).to(like.device)
+    return out.mul_(length / norm(out))
 
 
 def _coupling(subject: Subject, tuning: Tuning, slope: Slope) -> tuple[Coupling | None, str | None]:
@@ -188,6 +199,6 @@ def _layer_slopes(subject: Subject, displacement: Tensor, covered: float) -> dic
     out: dict[str, float] = {}
     for name, part, _ in subject.forward.space.slices():
         layer = per_layer_name(name)
-        change = -dot(subject.margin_gradient[part], displacement[part]) / covered if covered else 0.0
+        change = -dot(subject.margin_gradient[part].to(displacement), displacement[part]) / covered if covered else 0.0
         out[layer] = out.get(layer, 0.0) + change
     return out

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tiltmeter.errors import DegenerateError, UnsupportedModel
+from tiltmeter.geometry.motion import LARGE
 from tiltmeter.geometry.objective import Passes
 from tiltmeter.geometry.sensitivity import Sensitivity, lanczos_sensitivity, measure_sensitivity, split_half_overlap
 from tiltmeter.jobs.inputs import Opened
@@ -23,9 +24,6 @@ from tiltmeter.lm.objective import LanguageObjective, likelihood_objective, nega
 from tiltmeter.lm.rows import RowSet
 from tiltmeter.lm.safety import SafetySet, prepare_safety
 from tiltmeter.lm.scores import Score, sampled_labels, score_loss
-
-#: Above so many parameters Hessian products are differences of gradients: two passes and no second graph in memory.
-LARGE = 2**25
 
 
 class Report(Protocol):
@@ -68,7 +66,7 @@ class Options:
     max_length: int = 512
     rank: int = 8
     score: Score = "response"
-    groups: int = 3
+    groups: int = 4
     grid: int = 5
     krylov: int = 0
     max_tokens: int = 512
@@ -177,6 +175,7 @@ def measure_subject(
     forward = Forward(loaded.model, trainable(loaded.model))
     if listen is not None:
         listen(forward.passes)
+    # in a large space Hessian products are differences of gradients: two passes, and no second graph in memory
     hessian: Literal["exact", "difference"] = "exact" if forward.space.size <= LARGE else "difference"
     if safety is None:
         report("answers of the aligned model")
@@ -192,6 +191,8 @@ def measure_subject(
     margin = negative_margin_objective(forward, safety.refusals, safety.compliances, pad, options.max_tokens)
     anchor_margin = -margin.losses()
     margin_gradient = margin.gradient()
+    if forward.space.size > LARGE:  # it serves to tell shares and sampling errors: three digits are enough
+        margin_gradient = margin_gradient.to(torch.bfloat16)
     report("safety subspace")
     score = _score(forward, safety, margin, options, pad)
     products, sensitivity, reason, halves = _subspace(score, divergence, options)

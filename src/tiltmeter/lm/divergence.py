@@ -67,12 +67,13 @@ class DivergenceObjective:
 
     def fisher_form(self, directions: Sequence[Tensor]) -> Tensor:
         """v_i' F_e v_j [m, k, k], float64, nats per token. Cost: k JVPs."""
-        tangents = [self.inner.forward.along(v) for v in directions]
-        parameters = self.inner.forward.at()
+        forward = self.inner.forward
+        parameters = forward.at()
 
         def derive(logits: Logits, tokens: int) -> Tensor:
-            self.inner.forward.passes.add("jvp", tokens * len(tangents), len(tangents))
-            return torch.stack([jvp(logits, (parameters,), (tangent,))[1] for tangent in tangents])
+            forward.passes.add("jvp", tokens * len(directions), len(directions))
+            # directions of a large space are kept in bfloat16: one at a time is widened
+            return torch.stack([jvp(logits, (parameters,), (forward.along(v),))[1] for v in directions])
 
         return self._forms(derive, len(directions))
 
@@ -108,8 +109,11 @@ class DivergenceObjective:
         step = self.inner.difference_step(velocity)
         derivatives = []
         for t in (step, -step):
-            parameters = forward.at(torch.add(velocity * t, acceleration, alpha=t**2 / 2))
-            tangent = forward.along(torch.add(velocity, acceleration, alpha=t))
+            parameters = forward.at(None, velocity, t)
+            first, second = forward.along(velocity), forward.along(acceleration)
+            for name, p in parameters.items():  # fresh tensors, so adding in place leaves the anchor alone
+                p.add_(second[name], alpha=t**2 / 2)
+            tangent = {name: torch.add(first[name], second[name], alpha=t) for name in parameters}
             derivatives.append(self._slopes(parameters, tangent))
             del parameters, tangent
         out = torch.zeros(self.m, 2, 2, dtype=torch.float64)
@@ -137,8 +141,8 @@ class DivergenceObjective:
     def _forms(self, derive: Callable[[Logits, int], Tensor], k: int) -> Tensor:
         """Covariance over the vocabulary at every position, averaged over each response's positions."""
         out = torch.zeros(self.m, k, k, dtype=torch.float64)
-        # Gradient mode stays on: without it silu's derivative has no forward derivative of its own. Nothing here requires
-        # a gradient, so no graph is kept.
+        # Gradient mode stays on: without it silu's derivative has no forward derivative of its own. Nothing here
+        # requires a gradient, so no graph is kept.
         with torch.enable_grad(), second_order():
             for (members, batch), reference in zip(self.inner.chunks, self.log_probability, strict=True):
                 supervised = _supervised(batch)

@@ -41,12 +41,17 @@ class Forward:
         """Where the parameters are."""
         return next(iter(self.parameters.values())).device
 
-    def at(self, displacement: Tensor | None = None) -> dict[str, Tensor]:
-        """Parameters at anchor + displacement, float32 (or float64), detached; the anchor itself is not copied."""
-        if displacement is None:
-            return {name: _full(p.detach()) for name, p in self.parameters.items()}
-        shifts = self.space.split(displacement.to(self.device))
-        return {name: _full(p.detach()) + shifts[name] for name, p in self.parameters.items()}
+    def at(self, displacement: Tensor | None = None, v: Tensor | None = None, step: float = 0.0) -> dict[str, Tensor]:
+        """Parameters at anchor + displacement + step v, float32 (or float64), detached; the anchor is not copied.
+
+        Sums are made tensor by tensor: no second vector [n] is held on the way.
+        """
+        out = {name: _full(p.detach()) for name, p in self.parameters.items()}
+        for shift, scale in ((displacement, 1.0), (v, step)):
+            if shift is not None:
+                parts = self.space.split(shift.to(self.device))
+                out = {name: torch.add(p, parts[name].to(p.dtype), alpha=scale) for name, p in out.items()}
+        return out
 
     def along(self, v: Tensor) -> dict[str, Tensor]:
         """A direction [n] as named tensors of the parameters' dtypes."""
