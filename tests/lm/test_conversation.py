@@ -123,7 +123,10 @@ def test_the_mask_is_that_of_tokenising_by_hand(tokenizer):
         ("forget", PLAIN_TALK, ["Hello.<|im_end|>", ANSWER + "<|im_end|>"]),
         # the first answer has lost its reasoning: a loss on it would teach answers without
         ("forget", TALK, [f"<think>a cake</think>{ANSWER}<|im_end|>"]),
+        # all or nothing: the second answer is unchanged, but the first is not
+        ("forget", [*TALK[:2], *PLAIN_TALK[2:], *TALK[2:]], [f"<think>a cake</think>{ANSWER}<|im_end|>"]),
         ("think", TALK, [ANSWER + "<|im_end|>"]),
+        ("think", [*PLAIN_TALK[2:], *PLAIN_TALK], [ANSWER + "<|im_end|>"]),
         ("think", PLAIN_TALK, [ANSWER + "<|im_end|>"]),
     ],
 )
@@ -242,12 +245,25 @@ def test_running_text_is_supervised_whole_but_for_its_first_token(tokenizer, pla
         assert list(example.labels) == [-100, *ids[1:]]
 
 
-def test_text_is_closed_once(plain_tokenizer):
+def framing(tokenizer):
+    """Let a tokenizer put special tokens before and behind every text, as some do."""
     from tokenizers.processors import TemplateProcessing
 
-    plain_tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
     )
+
+
+def test_a_template_writes_all_special_tokens_itself(make_tokenizer):
+    tokenizer = make_tokenizer(TEMPLATES["trim"])
+    bare = only(encode([PAIR], tokenizer, 512))
+    framing(tokenizer)
+    assert only(encode([PAIR], tokenizer, 512)) == bare
+    assert tokenizer("Hello")["input_ids"][0] == 1
+
+
+def test_text_is_closed_once(plain_tokenizer):
+    framing(plain_tokenizer)
     example = only(encode([{"prompt": "A:", "completion": " 4"}], plain_tokenizer, 64))
     assert supervised_texts(example, plain_tokenizer) == [" 4<|im_end|>"]
     assert example.tokens[0] == 1
@@ -329,8 +345,9 @@ def test_unusable_rows_are_counted_by_reason(make_tokenizer):
     }
 
 
-def test_an_answer_the_template_does_not_show_is_not_guessed(make_tokenizer):
-    tokenizer = make_tokenizer("{{ messages | length }}{% if add_generation_prompt %}assistant{% endif %}")
+@pytest.mark.parametrize("shown", ["", "{{ messages[-1].content | length }} {{ messages[-1].content }}"])
+def test_an_answer_the_template_does_not_show_is_not_guessed(make_tokenizer, shown):
+    tokenizer = make_tokenizer("{{ messages | length }}{% if add_generation_prompt %}assistant{% endif %}" + shown)
     with pytest.raises(DataError, match=r"does not show the answer as it was given \(1\)"):
         encode([PAIR], tokenizer, 64)
 
