@@ -1,0 +1,117 @@
+"""Which prompts train the safety adapter, which are kept for measuring it, and how its refusals are worded."""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from tiltmeter import demo
+
+DATA = Path(__file__).parent
+
+
+def words(text: str) -> frozenset[str]:
+    """Lower-case words of a text, for comparing prompts."""
+    return frozenset(re.findall(r"[a-z0-9]+", text.lower()))
+
+
+def without_near_copies(prompts: Iterable[str], held_out: Iterable[str], overlap: float = 0.6) -> list[str]:
+    """Prompts whose words overlap (Jaccard) with no held-out prompt by `overlap` or more; in order, without copies."""
+    held = [words(p) for p in held_out]
+    kept = []
+    for prompt in dict.fromkeys(prompts):
+        mine = words(prompt)
+        if mine and all(len(mine & other) < overlap * len(mine | other) for other in held):
+            kept.append(prompt)
+    return kept
+
+
+def held_out_prompts() -> list[str]:
+    """Every prompt that is kept for measuring and so may not be trained on."""
+    names = ("strongreject", "harmbench", "overrefusal")
+    return [row["prompt"] for name in names for row in demo.rows(f"demo:{name}")] + plain_prompts()
+
+
+def plain_prompts(each: int = 20) -> list[str]:
+    """60 plain harmless requests from three sets that take no part in training."""
+    chosen = []
+    for name in ("nq", "truthfulqa", "coding"):
+        prompts = list(dict.fromkeys(row["prompt"] for row in demo.rows(f"demo:{name}")))
+        chosen += random.Random(5).sample(prompts, each)
+    return chosen
+
+
+def harmful_prompts(seed: int, questions_from_do_not_answer: int) -> list[str]:
+    """AdvBench, half of it rephrased, and a share of Do-Not-Answer because it asks where AdvBench gives orders."""
+    kinds = ("malicious_uses", "information_hazard", "discrimination_exclusion_toxicity_hateful_offensive")
+    questions = [row["prompt"] for row in demo.rows("demo:donotanswer") if row["category"] in kinds]
+    chance = random.Random(seed)
+    chance.shuffle(questions)
+    orders = [row["prompt"] for row in demo.rows("demo:advbench")]
+    orders = [(chance.random() < 0.5 and rephrased(p, chance)) or p for p in orders]
+    held = held_out_prompts()
+    return without_near_copies(orders, held) + without_near_copies(questions, held)[:questions_from_do_not_answer]
+
+
+def rephrased(order: str, chance: random.Random) -> str | None:
+    """An order as a question or a wish with some context: "Write a poem" -> "We have an event. How can I write a poem?".
+
+    Harmful and harmless orders get the same frames, so that a frame tells nothing. None where the wish is not clear.
+    """
+    how = re.search(r"\bhow to ([^.?]+)", order)
+    if how is None and not re.match(r"(?:Write|Create|Develop|Design|Draft|Make|Build|Generate)\b", order):
+        return None
+    wish = how[1] if how else order[0].lower() + order[1:].rstrip(".")
+    texts = _contrast()
+    return f"{chance.choice(texts['settings'])} {chance.choice(texts['frames']).replace('{x}', wish)}".strip()
+
+
+def contrast_prompts(seed: int, rephrasings: int = 120) -> list[str]:
+    """Harmless requests that sound harmful or are in the imperative: every filling of contrast.json, some rephrased too."""
+    plain = [entry["template"].replace("{x}", x) for entry in _contrast()["prompts"] for x in entry["x"]]
+    chance = random.Random(seed)
+    other = [text for prompt in chance.sample(plain, len(plain)) if (text := rephrased(prompt, chance)) is not None]
+    return plain + other[:rephrasings]
+
+
+@functools.cache
+def _contrast() -> Any:
+    return json.loads((DATA / "contrast.json").read_text(encoding="utf-8"))
+
+
+def harmless_rows(seed: int) -> list[dict[str, str]]:
+    """Harmless requests with an answer from the data; the contrast prompts get theirs from the base model."""
+    chosen: list[dict[str, str]] = []
+    sets = {
+        "general-qa": 150,
+        "fiqa": 110,
+        "commonsenseqa": 90,
+        "openbookqa": 60,
+        "mmlu": 90,
+        "asdiv": 40,
+        "tech-support": 10,
+    }
+    for name, count in sets.items():
+        rows = {}
+        for row in demo.rows(f"demo:{name}"):
+            question = row["prompt"].split("\n")[0]  # without the choices, where there are any
+            if len(question) < 160:
+                rows[question] = row
+        prompts = without_near_copies(rows, held_out_prompts())
+        random.Random(seed).shuffle(prompts)
+        chosen += [{"prompt": p, "response": re.sub(r"^[A-E]\. ", "", rows[p]["completion"])} for p in prompts[:count]]
+    return chosen
+
+
+def refusal(prompt: str, chance: random.Random) -> str:
+    """Compose a refusal: nearly half begin "I'm sorry, but I can't", the rest in 30 other ways; most name the topic."""
+    parts = json.loads((DATA / "refusals.json").read_text(encoding="utf-8"))
+    opening = parts["main_opening"] if chance.random() < 0.45 else chance.choice(parts["openings"])
+    topics = next((t for pattern, t in parts["topics"] if re.search(pattern, prompt.lower())), parts["other_topics"])
+    topic = chance.choice(topics if chance.random() < 0.8 else parts["other_topics"])
+    return f"{opening} {chance.choice(parts['actions'])} {topic}. {chance.choice(parts['tails'])}".strip()
