@@ -285,7 +285,10 @@ def test_several_records_are_compared(sample):
     assert [attrs["href"] for tag, attrs in page.tags if tag == "a"] == ["#a1", "#a2"]
     assert sum(attrs.get("aria-label", "").startswith("Small forecasts") for _, attrs in page.tags) == 2
     other["model"]["name"] = "another model"
-    assert Page(render_page([sample, other], "Title")).tables[0][0][:2] == ["Tuning set", "Model"]
+    other["recipe"]["optimizer"] = "sgd"
+    page = Page(render_page([sample, other], "Title"))
+    assert page.tables[0][0][:3] == ["Tuning set", "Model", "Recipe"]
+    assert "other-set another model lora, sgd" in page.text  # over the small plot
 
 
 def test_the_file_is_written_whole_or_not_at_all(sample, tmp_path, without_plots, monkeypatch):

@@ -86,10 +86,10 @@ def test_ids_are_set_apart_by_the_name(curve):
 def test_a_runaway_path_does_not_flatten_the_forecast(curve):
     scale = scale_of([curve])
     assert not scale.log
-    assert -2 < scale.bottom < 1.0
+    assert -5 < scale.bottom < 1.0
     assert 4.2 < scale.top < 6
     wild = dataclasses.replace(curve, low=[4.0, 3.2, -500.0], high=[4.2, 3.8, 500.0])  # beyond the horizon
-    assert scale_of([wild]).top < 8
+    assert scale_of([wild]).top < 10
 
 
 def test_logarithmic_axes_only_where_all_is_positive_and_wide(curve):

@@ -73,6 +73,7 @@ def interval_parts(value: float, low: float, high: float) -> tuple[str, str, str
     if exponent and not power:
         return text_of(value), text_of(low), text_of(high), ""
     texts = [text_of(part, 2) if small else _plain(part, decimals) for part, small in zip(scaled, tiny, strict=True)]
+    texts = ["0" if part == 0 else text for part, text in zip(scaled, texts, strict=True)]
     return texts[0], texts[1], texts[2], power
 
 

@@ -139,6 +139,14 @@ def _layers(record: Record, name: str) -> Markup | None:
     return plots.draw_layers(rows, short, f"{name}l")
 
 
+def _captions(records: Sequence[Record]) -> list[list[str]]:
+    """Name each assessment by its tuning set and by what else is not the same in all."""
+    names = [[show(record, "model.name") for record in records], [tables.recipe_line(record) for record in records]]
+    short = [names[0], [line.partition(";")[0] for line in names[1]]]
+    told = [shown for whole, shown in zip(names, short, strict=True) if len(set(whole)) > 1]
+    return [[show(record, "tuning.name"), *(shown[place] for shown in told)] for place, record in enumerate(records)]
+
+
 def _top_share(record: Record) -> str:
     shares = [share for _, row in tables.layer_shares(record)[1] for share in row if share is not None]
     return f"{100 * max(shares, default=0.0):.1f} %"
@@ -164,5 +172,5 @@ def _compare(records: Sequence[Record], colours: Sequence[str]) -> dict[str, Any
         "level": " or ".join(dict.fromkeys(level_text(record) for record in records)),
         "small": small,
         "has_budget": budget,
-        "one_model": len({show(record, "model.name") for record in records}) == 1,
+        "captions": _captions(records),
     }

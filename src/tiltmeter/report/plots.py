@@ -229,6 +229,7 @@ def _draw_references(axes: Any, curve: Curve, scale: Scale, notes: bool) -> None
     if curve.anchor is not None:
         axes.axhline(curve.anchor, color=svg.MUTED, linewidth=1, linestyle=(0, (1, 2)))
         falls = next((value for value in reversed(curve.value) if value is not None), 0.0) <= curve.anchor
+        falls &= curve.anchor < scale.top - 0.08 * (scale.top - scale.bottom)  # else there is no room above the line
         if notes:
             axes.annotate("aligned model", (1, curve.anchor), xycoords=("axes fraction", "data"), size=10,
                           xytext=(-3, 3 if falls else -3), textcoords="offset points", ha="right",
@@ -245,7 +246,7 @@ def _draw_references(axes: Any, curve: Curve, scale: Scale, notes: bool) -> None
             axes.plot([low, high], [curve.budget] * 2, color=svg.BUDGET, linewidth=3, alpha=0.5)
     if notes:
         text = f"budget {setting_text(curve.budget)}" + ("" if within else ", off the scale")
-        at = (0.0, curve.budget) if within else (0.0, 0.9)
+        at = (0.0, curve.budget) if within else (0.0, 0.9 if curve.budget > scale.top else 0.01)
         axes.annotate(text, at, xycoords=("axes fraction", "data" if within else "axes fraction"), size=10,
                       xytext=(4, 3), textcoords="offset points", va="bottom", color=svg.BUDGET)  # fmt: skip
 

@@ -58,8 +58,10 @@ def _claimed_band(curve: Curve) -> list[float]:
 def _limits(hard: list[float], soft: list[float], budgets: list[float]) -> tuple[float, float]:
     bottom, top = min(hard), max(hard)
     height = (top - bottom) or abs(top) or 1.0
-    near = [point for point in soft + budgets if bottom - height / 2 <= point <= top + height / 2]
-    bottom, top = min([bottom, *near]), max([top, *near])
+    near = [budget for budget in budgets if bottom - height / 2 <= budget <= top + height / 2]
+    # As much of the paths and of the band beyond the horizon as leaves a quarter of the plot to what is claimed.
+    bottom = min([bottom, *near, max(bottom - 1.5 * height, min(soft, default=bottom))])
+    top = max([top, *near, min(top + 1.5 * height, max(soft, default=top))])
     height = (top - bottom) or abs(top) or 1.0
     below = 0.0 if bottom == 0 else 0.08
     return bottom - below * height, top + 0.12 * height

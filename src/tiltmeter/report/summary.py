@@ -173,5 +173,6 @@ def _apart(record: Record, value: float | None, low: float | None, high: float |
         return "—", ""
     if low is None or high is None:
         return lone_text(value), "no interval"
-    first, *bounds, power = interval_parts(value, low, high)
-    return f"{first}{power}", f"{level_text(record)} interval {bounds[0]}{power} to {bounds[1]}{power}"
+    *parts, power = interval_parts(value, low, high)
+    first, start, end = (part if part == "0" else f"{part}{power}" for part in parts)
+    return first, f"{level_text(record)} interval {start} to {end}"

@@ -108,13 +108,14 @@ def recipe_line(record: Record) -> str:
     if not isinstance(recipe, Mapping):
         return missing(record, "recipe")
 
-    def of(key: str) -> str:
-        return show(record, f"recipe.{key}", setting=True)
+    def of(key: str, above: str = "recipe") -> str:
+        # what was left to its default is null; the reason reads as the setting
+        return show(record, f"{above}.{key}", setting=True).removeprefix("not measured: ")
 
     parts = [f"{of('regime')}, {of('optimizer')}", f"learning rate {of('learning_rate')} ({of('schedule')})"]
     parts += [f"{of('steps')} steps of {of('batch_size')} rows"]
     if isinstance(lora := find(record, "space.lora"), Mapping):
-        parts.append("LoRA " + ", ".join(f"{key} {show(record, f'space.lora.{key}', setting=True)}" for key in lora))
+        parts.append("LoRA " + ", ".join(f"{key} {of(key, 'space.lora')}" for key in lora))
     chosen = (("warmup_steps", "warm-up"), ("weight_decay", "weight decay"), ("max_grad_norm", "gradient norm at most"))
     parts += [f"{label} {of(key)}" for key, label in chosen if number(recipe.get(key))]
     return "; ".join(parts)
