@@ -63,7 +63,9 @@ class CurvedPath:
 
     Mean and spread of the mini-batch gradient are interpolated in flow time between the anchor and a probe on the
     linear path, and the optimiser's bounded rule is integrated over them. The change of gradient is a secant of the
-    true loss, so it stays finite where the Hessian at the anchor (and D H D g under Adam) explodes.
+    true loss, so it stays finite where the Hessian at the anchor (and D H D g under Adam) explodes. Past the
+    probe, a gradient that the secant would carry through zero stays at zero: descent stops where the slope ends, and
+    does not turn around.
 
     Attributes:
         linear: the path from the anchor's gradients alone.
@@ -91,6 +93,8 @@ class CurvedPath:
             for node in range(self.nodes):
                 share = (node + 0.5) / self.nodes * covered / probed
                 mean = torch.lerp(anchor.mean[part], self.probe.mean[part], share)
+                if share > 1:
+                    mean[mean * self.probe.mean[part] < 0] = 0.0
                 spread = torch.lerp(anchor.spread[part], self.probe.spread[part], share).clamp_min_(0)
                 out[part].add_(metric.direction(mean, spread), alpha=-covered / self.nodes)
         return _decay(out, metric, covered, self.linear.decayed)

@@ -179,9 +179,8 @@ def _group_directions(metric: Adam | Sgd, slope: Slope) -> list[Tensor]:
 def _relative(forms: Tensor, level: float) -> float:
     """Half-width of sqrt(form) over batches, as a share of it."""
     low, high = jackknife(forms, level)
-    j = forms.shape[0]
-    square = float((forms.sum() - forms.diagonal().sum()) / (j * (j - 1))) if j > 1 else math.nan
-    return (high - low) / 2 / math.sqrt(square) if square > 0 else math.nan
+    # the path follows the plain mean direction, so its own square is the scale; it is never negative
+    return (high - low) / 2 / math.sqrt(float(forms.mean())) if float(forms.mean()) > 0 else math.nan
 
 
 def _decayed(subject: Subject, recipe: Recipe) -> Tensor | None:
