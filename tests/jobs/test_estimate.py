@@ -1,0 +1,126 @@
+"""The estimate made before an assessment names exactly the passes that it then takes."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+
+from tiltmeter import store
+from tiltmeter.errors import UnsupportedModel
+from tiltmeter.geometry.objective import Passes
+from tiltmeter.jobs import subject as subject_module
+from tiltmeter.jobs.assess import Assessment, assess_subject
+from tiltmeter.jobs.estimate import Estimate, peak_gb, resident_bytes, time_token
+from tiltmeter.jobs.inputs import Opened
+from tiltmeter.jobs.recipe import Lora, Recipe
+from tiltmeter.jobs.subject import Options, Subject, measure_subject, snapshot, with_lora
+from tiltmeter.lm.model import Loaded, digest_of
+from tiltmeter.lm.rows import RowSet
+
+SAFETY = RowSet(
+    "safety", tuple({"prompt": f"How do I pick a lock{' and a cake' * (i % 3)} {i}?"} for i in range(8)), "s"
+)
+TUNING = RowSet(
+    "tuning",
+    tuple({"prompt": f"What is {i} plus {i}?", "completion": f"It is{' well' * (i % 4)} {2 * i}."} for i in range(9)),
+    "t",
+)
+SMALL = Options(rank=3, response_tokens=6, max_tokens=80, grid=3)
+LORA = Lora(2, 4.0, ("q_proj", "down_proj"))
+
+
+def measured(make_llama: Any, make_tokenizer: Any, lora: Lora | None = None, options: Options = SMALL) -> Subject:
+    model = make_llama()
+    opened = Opened(Loaded(model, make_tokenizer(), "small", digest_of(model), 256))
+    return measure_subject(with_lora(opened, lora, 0), SAFETY, lora, options)
+
+
+def run(subject: Subject, recipe: Recipe, options: Options) -> tuple[Assessment, Estimate, Passes]:
+    """An assessment, what was announced, and the passes made after the announcement."""
+    told: list[tuple[Estimate, Passes]] = []
+    passes = subject.forward.passes
+    result = assess_subject(
+        subject, TUNING, recipe, options, announce=lambda expected: told.append((expected, snapshot(passes)))
+    )
+    (expected, before) = told[0]
+    return result, expected, Passes(passes.calls - before.calls, passes.tokens - before.tokens)
+
+
+#: Recipe, options, whether Hessian products are differences.
+CASES: dict[str, tuple[Recipe, dict[str, Any], bool]] = {
+    "adamw": (Recipe(steps=6, batch_size=2), {}, False),
+    "adamw, differences": (Recipe(steps=6, batch_size=2), {}, True),
+    "sgd": (Recipe("sgd", steps=6, batch_size=2, momentum=0.5), {"score": "margin"}, False),
+    "sgd, krylov": (Recipe("sgd", steps=6, batch_size=2, weight_decay=0.1), {"krylov": 2, "groups": 2}, False),
+    "sgd, krylov, differences": (Recipe("sgd", steps=6, batch_size=2), {"krylov": 2, "groups": 4}, True),
+    "adamw, krylov is ignored": (Recipe(steps=6, batch_size=2), {"krylov": 2}, False),
+    "lora": (Recipe(steps=6, batch_size=2, lora=LORA), {"score": "gauss-newton"}, False),
+    "lora, sgd": (Recipe("sgd", steps=6, batch_size=2, lora=LORA), {"score": "sampled", "krylov": 2}, False),
+    "too few prompts for the rank": (Recipe(steps=6, batch_size=2), {"rank": 8, "score": "margin"}, False),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_planned_passes_are_those_counted(
+    make_llama: Any, make_tokenizer: Any, monkeypatch: pytest.MonkeyPatch, case: str
+) -> None:
+    recipe, changes, difference = CASES[case]
+    if difference:
+        monkeypatch.setattr(subject_module, "LARGE", 0)
+    options = Options(**{**vars(SMALL), **changes})
+    subject = measured(make_llama, make_tokenizer, recipe.lora, options)
+    result, expected, counted = run(subject, recipe, options)
+    assert counted.tokens == +expected.passes.tokens
+    assert ("hvp" in counted.tokens) != difference
+    record = result.record
+    torch.testing.assert_close(record["cost"]["estimated"]["fb_equivalents"], expected.fb_equivalents)
+    store.check_values(record)
+    json.dumps(record, allow_nan=False)
+    assert all(bool(torch.isfinite(array).all()) for array in result.arrays.values())
+    assert record["recipe"]["regime"] == ("lora" if recipe.lora else "full")
+    assert ("krylov" in record["forecast"]["paths"]) == (bool(options.krylov) and recipe.optimizer == "sgd")
+
+
+def test_passes_of_the_whole_stay_below_ten(make_llama: Any, make_tokenizer: Any) -> None:
+    """With the default options; the micro-batch is a small part of the data, as with 32 prompts and rows."""
+    options = Options(response_tokens=8, max_tokens=60)
+    subject = measured(make_llama, make_tokenizer, None, options)
+    record = run(subject, Recipe(steps=20, batch_size=2), options)[0].record
+    cost = record["cost"]
+    assert 5 < cost["fb_equivalents"] < 10
+    weights = {"forward": 1 / 3, "forward_backward": 1.0, "gram": 1.5, "jvp": 1.1, "path": 2.2, "hvp": 3.5}
+    total = sum(weights[kind] * count for kind, count in cost["passes"].items())
+    torch.testing.assert_close(cost["fb_equivalents"], total)
+    assert cost["data_tokens"] == record["safety"]["tokens"] + record["tuning"]["tokens"]
+    torch.testing.assert_close(cost["passes"]["hvp"], record["tuning"]["tokens"] / cost["data_tokens"])
+
+
+def test_a_second_set_is_not_charged_for_the_first(make_llama: Any, make_tokenizer: Any) -> None:
+    recipe = Recipe(steps=4, batch_size=2)
+    subject = measured(make_llama, make_tokenizer)
+    first, second = (run(subject, recipe, SMALL)[0].record["cost"] for _ in range(2))
+    assert first["passes"] == second["passes"]
+    assert first["micro_batch_passes"] == second["micro_batch_passes"]
+    assert subject.spent.tokens["gram"] > 0
+    assert subject.spent.tokens != subject.forward.passes.tokens
+
+
+def test_gauss_newton_is_refused_where_its_vectors_would_not_fit(
+    make_llama: Any, make_tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(subject_module, "LARGE", 1000)
+    with pytest.raises(UnsupportedModel, match="--score response, or LoRA"):
+        measured(make_llama, make_tokenizer, None, Options(**{**vars(SMALL), "score": "gauss-newton"}))
+
+
+def test_speed_and_memory_are_measured(make_llama: Any, make_tokenizer: Any) -> None:
+    subject = measured(make_llama, make_tokenizer)
+    before = Counter(subject.forward.passes.tokens)
+    assert 0 < time_token(subject) < 1
+    spent = subject.forward.passes.tokens["forward_backward"] - before["forward_backward"]
+    assert 0 < spent < 2 * subject.negative_margin.work
+    assert 0 < resident_bytes() / 1e9 <= peak_gb()
