@@ -205,19 +205,22 @@ def between_groups(forms: Tensor) -> Tensor:
     return (forms.sum((-2, -1)) - diagonal) / (j * (j - 1))
 
 
-def measure_coupling(safety: SoftmaxObjective, slope: Slope, acceleration: Acceleration) -> Coupling:
+def measure_coupling(
+    safety: SoftmaxObjective, slope: Slope, acceleration: Acceleration, overlap_groups: Tensor | None = None
+) -> Coupling:
     """Measure initial overlap and curvature coupling with the exact softmax; no subspace is needed.
 
     Args:
         safety: KL of the aligned model's answers.
         slope: gradients of the fine-tuning loss at the same anchor.
         acceleration: its H g.
+        overlap_groups: `safety.fisher_form(slope.groups)` if it is known already; the groups are then not needed.
 
     Cost: J + 2 JVPs and one second-order directional pass over the safety set.
     Error: exact for these prompts and batches, up to float32 rounding.
     Source: Springer et al. 2026, arXiv:2602.15799, definition 5.1; the constant Gamma is derived in docs/theory.md.
     """
-    forms = safety.fisher_form(slope.groups)
+    forms = safety.fisher_form(slope.groups) if overlap_groups is None else overlap_groups
     turn = safety.fisher_form([acceleration.value, acceleration.half_difference])
     # along +g the first derivative changes sign and the second does not: no negated copy of g is needed
     path = safety.path_form(slope.mean, acceleration.value)

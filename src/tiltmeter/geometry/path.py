@@ -19,7 +19,7 @@ from tiltmeter.geometry.metric import Metric, Sgd
 from tiltmeter.geometry.motion import Slope
 
 #: Values treated at a time.
-PIECE = 2**20
+PIECE = 2**17
 
 
 class Path(Protocol):
@@ -52,7 +52,7 @@ class LinearPath:
         """-a_k direction(g) - decay a_k theta, [n]."""
         covered = float(self.metric.flow_time(self.clock)[step])
         out = torch.empty_like(self.slope.mean)
-        for part in _pieces(out):
+        for part in pieces(out):
             out[part] = self.metric.direction(self.slope.mean[part], self.slope.spread[part]) * -covered
         return _decay(out, self.metric, covered, self.decayed)
 
@@ -89,7 +89,7 @@ class CurvedPath:
         if not probed > 0:
             raise DegenerateError("the probe of the curved path stands at the anchor; choose a later probe step")
         out = torch.zeros_like(anchor.mean)
-        for part in _pieces(out):
+        for part in pieces(out):
             for node in range(self.nodes):
                 share = (node + 0.5) / self.nodes * covered / probed
                 mean = torch.lerp(anchor.mean[part], self.probe.mean[part], share)
@@ -144,7 +144,7 @@ class TaylorPath:
         return (self.gradient * -first).add_(self.acceleration, alpha=second)
 
 
-def _pieces(vector: Tensor) -> list[slice]:
+def pieces(vector: Tensor) -> list[slice]:
     """Slices of a vector [n] that fit a cache; an elementwise rule then holds no temporary of length n."""
     return [slice(start, start + PIECE) for start in range(0, vector.numel(), PIECE)]
 

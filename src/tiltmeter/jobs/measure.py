@@ -20,12 +20,14 @@ from tiltmeter.geometry.motion import (
     measure_krylov,
     measure_slope,
 )
-from tiltmeter.geometry.path import CurvedPath, KrylovPath, LinearPath, Path
+from tiltmeter.geometry.path import CurvedPath, KrylovPath, LinearPath, Path, pieces
 from tiltmeter.geometry.space import dot, norm
 from tiltmeter.jobs.recipe import Recipe
 from tiltmeter.jobs.subject import Options, Report, Subject
 from tiltmeter.jobs.tuning import Tuning
 from tiltmeter.lm.gram import per_layer_name
+
+SINGLE = "a single tuning batch cannot tell curvature from noise; raise --max-tuning or lower the batch size"
 
 
 @dataclass(frozen=True)
@@ -88,26 +90,25 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
             f"the gradient of the tuning loss has norm {size}; expected a positive number. "
             "Either nothing in the tuning set is supervised, or the model already predicts it with certainty."
         )
-    report("curvature coupling")
-    coupling, why = _coupling(subject, tuning, slope)
     random = _random(slope.mean, size, options.seed)
     random_overlap = math.sqrt(float(divergence.fisher_form([random])[:, 0, 0].mean()))
     del random
     projected = None
     if subject.sensitivity is not None:
         projected = norm(subject.sensitivity.coordinates(slope.mean).double())
-    report("sampling error of the direction")
-    directions = _group_directions(metric, slope)
-    slopes = torch.tensor(
-        [dot(subject.margin_gradient.to(slope.mean), v.to(slope.mean)) for v in directions], dtype=torch.float64
-    )
-    if isinstance(metric, Sgd) and coupling is not None:
-        forms = coupling.overlap_groups.mean(0)
-    else:
-        forms = divergence.fisher_form(directions).mean(0)
-    speed_reach = _relative(forms, options.level)
-    del directions
-    slope = replace(slope, groups=())  # no longer needed, and as large as two copies of the model
+    report("curvature of the tuning loss")
+    alone = len(slope.groups) < 2
+    acceleration = None if alone else measure_acceleration(objective, slope)
+    report("overlap")
+    overlap = divergence.fisher_form(slope.groups)
+    groups = list(slope.groups)
+    slope = replace(
+        slope, groups=()
+    )  # as large as two copies of the model: turned into directions one by one, then freed
+    slopes, forms = _along(subject, metric, slope, groups, overlap)
+    report("curvature coupling")
+    coupling = None if acceleration is None else measure_coupling(divergence, slope, acceleration, overlap)
+    del acceleration
     linear = LinearPath(metric, clock, slope, _decayed(subject, recipe))
     ritz, paths = None, dict[str, Path](linear=linear)
     if options.krylov and isinstance(metric, Sgd):
@@ -139,14 +140,14 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
         slope.norms,
         projected,
         coupling,
-        why,
+        None if coupling is not None else SINGLE,
         random_overlap,
         ritz,
         values,
         (divergence.losses(walk), -subject.negative_margin.losses(walk)),
         length,
         group_scatter(slopes, options.level),
-        speed_reach,
+        _relative(forms, options.level),
         layer_slopes,
     )
 
@@ -158,22 +159,26 @@ def _random(like: Tensor, length: float, seed: int) -> Tensor:
     return out.mul_(length / norm(out))
 
 
-def _coupling(subject: Subject, tuning: Tuning, slope: Slope) -> tuple[Coupling | None, str | None]:
-    if len(slope.groups) < 2:
-        return (
-            None,
-            "a single tuning batch cannot tell curvature from noise; raise --max-tuning or lower the batch size",
-        )
-    acceleration = measure_acceleration(tuning.objective, slope)
-    return measure_coupling(subject.divergence, slope, acceleration), None
+def _along(
+    subject: Subject, metric: Adam | Sgd, slope: Slope, groups: list[Tensor], overlap: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Change of minus the margin [J] and Fisher forms [J, J] along each group's direction in the optimiser's metric.
 
-
-def _group_directions(metric: Adam | Sgd, slope: Slope) -> list[Tensor]:
-    """Direction of every group of batches in the optimiser's metric, the preconditioner being that of all batches."""
-    if isinstance(metric, Sgd):
-        return [metric.direction(group.to(slope.mean), slope.spread) for group in slope.groups]
-    preconditioner = metric.preconditioner(slope.mean, slope.spread)
-    return [(preconditioner * group.to(slope.mean)).to(group.dtype) for group in slope.groups]
+    The preconditioner is that of all batches. `groups` is emptied.
+    """
+    directions = []
+    while groups:
+        group = groups.pop(0)
+        if isinstance(metric, Adam):
+            direction = torch.empty_like(group)
+            for part in pieces(group):
+                preconditioner = metric.preconditioner(slope.mean[part], slope.spread[part])
+                direction[part] = (preconditioner * group[part]).to(group.dtype)
+            group = direction
+        directions.append(group)
+    slopes = [dot(subject.margin_gradient, v) for v in directions]
+    forms = overlap if isinstance(metric, Sgd) else subject.divergence.fisher_form(directions)
+    return torch.tensor(slopes, dtype=torch.float64), forms.mean(0)
 
 
 def _relative(forms: Tensor, level: float) -> float:
@@ -198,6 +203,6 @@ def _layer_slopes(subject: Subject, displacement: Tensor, covered: float) -> dic
     out: dict[str, float] = {}
     for name, part, _ in subject.forward.space.slices():
         layer = per_layer_name(name)
-        change = -dot(subject.margin_gradient[part].to(displacement), displacement[part]) / covered if covered else 0.0
+        change = -dot(subject.margin_gradient[part], displacement[part]) / covered if covered else 0.0
         out[layer] = out.get(layer, 0.0) + change
     return out

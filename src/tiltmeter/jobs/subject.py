@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal, Protocol
 
 import torch
@@ -24,6 +24,9 @@ from tiltmeter.lm.objective import LanguageObjective, likelihood_objective, nega
 from tiltmeter.lm.rows import RowSet
 from tiltmeter.lm.safety import SafetySet, prepare_safety
 from tiltmeter.lm.scores import Score, sampled_labels, score_loss
+
+#: Tokens per micro-batch in a large space, where vectors of the space take the memory.
+LARGE_TOKENS = 256
 
 
 class Report(Protocol):
@@ -99,6 +102,7 @@ class Subject:
         hessian: how Hessian products are taken in this space.
         lora: the LoRA configuration, or None for full fine-tuning.
         spent: passes that measuring the subject took.
+        max_tokens: tokens per micro-batch.
     """
 
     opened: Opened
@@ -118,6 +122,7 @@ class Subject:
     hessian: Literal["exact", "difference"] = "exact"
     lora: Lora | None = None
     spent: Passes = field(default_factory=Passes)
+    max_tokens: int = 512
 
     @property
     def loaded(self) -> Loaded:
@@ -185,6 +190,8 @@ def measure_subject(
             f"asked for {options.rank} sensitive directions but only {safety.m} safety prompts can be used. "
             f"Add safety prompts or ask for rank <= {safety.m}."
         )
+    if forward.space.size > LARGE:
+        options = replace(options, max_tokens=min(options.max_tokens, LARGE_TOKENS))
     pad = loaded.tokenizer.pad_token_id
     report("anchor")
     divergence = divergence_objective(forward, safety.responses, pad, options.max_tokens, hessian=hessian)
@@ -214,6 +221,7 @@ def measure_subject(
         hessian,
         lora,
         snapshot(forward.passes),
+        options.max_tokens,
     )
 
 

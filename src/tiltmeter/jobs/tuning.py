@@ -63,7 +63,7 @@ def prepare_tuning(subject: Subject, rows: RowSet, recipe: Recipe, options: Opti
         subject.forward,
         encoded.examples,
         subject.loaded.tokenizer.pad_token_id,
-        options.max_tokens,
+        subject.max_tokens,
         per="token",
         hessian=subject.hessian,
         groups=members,

@@ -89,10 +89,10 @@ class LanguageObjective:
         """G' w [n]; micro-batches whose weights are all zero are skipped. Cost: one forward+backward of the rest."""
         return self._gradient(self.forward.at(displacement), weights)
 
-    def _gradient(self, parameters: dict[str, Tensor], weights: Tensor | None) -> Tensor:
-        """Weighted gradient at named parameters; autograd adds straight into the result, so nothing is held twice."""
+    def _gradient(self, parameters: dict[str, Tensor], weights: Tensor | None, onto: Tensor | None = None) -> Tensor:
+        """Weighted gradient at named parameters, added to `onto` by autograd itself, so that nothing is held twice."""
         leaves = {name: p.detach().requires_grad_() for name, p in parameters.items()}
-        out, total = self._empty(leaves)
+        out, total = self._empty(leaves) if onto is None else (onto, self.space.split(onto))
         for name, leaf in leaves.items():
             leaf.grad = total[name]
         for loss in self._weighted(leaves, weights, "forward_backward"):
@@ -120,8 +120,9 @@ class LanguageObjective:
         if norm(v) == 0:
             return torch.zeros_like(v)
         step = self.difference_step(v)
-        ahead = self._gradient(self.forward.at(displacement, v, step), weights)
-        return ahead.sub_(self._gradient(self.forward.at(displacement, v, -step), weights)).div_(2 * step)
+        out = self._gradient(self.forward.at(displacement, v, step), weights)
+        out.neg_()
+        return self._gradient(self.forward.at(displacement, v, -step), weights, out).div_(-2 * step)
 
     def difference_step(self, v: Tensor) -> float:
         """Multiple of v [n] that is a good finite-difference step: `DIFFERENCE_STEP` of the parameters' norm."""
