@@ -19,7 +19,7 @@ from tiltmeter.geometry.metric import Metric, Sgd
 from tiltmeter.geometry.motion import Slope
 
 #: Values treated at a time.
-PIECE = 2**17
+PIECE = 2**16
 
 
 class Path(Protocol):
@@ -79,7 +79,7 @@ class CurvedPath:
     linear: LinearPath
     probe: Slope
     probe_step: int
-    nodes: int = 8
+    nodes: int = 4
 
     def displacement(self, step: int) -> Tensor:
         """Minus the integral of direction(mean(tau), spread(tau)) over flow time, [n]."""
