@@ -130,18 +130,21 @@ with store.new_folder(Path(sys.argv[1])) as folder:
 def test_killed_while_writing_leaves_no_target_and_a_rerun_works(tmp_path, moment):
     path = tmp_path / "result"
     job = subprocess.Popen([sys.executable, "-c", KILLED, str(path), moment], stdout=subprocess.PIPE, text=True)
-    assert job.stdout.readline() == "ready\n"
-    [part] = siblings(path)
-    assert (path.parent / part / "arrays.safetensors").exists()
-    assert (path.parent / part / "record.json").exists() == (moment == "before rename")
-
-    write(tmp_path / "result2")  # a run of a similar name leaves the living sibling alone, and so does one of the same
-    with store.new_folder(path):
-        assert (path.parent / part).exists()
-    path.rmdir()
-
-    os.kill(job.pid, signal.SIGKILL)
-    job.wait()
+    try:
+        assert job.stdout.readline() == "ready\n"
+        [part] = siblings(path)
+        assert (path.parent / part / "arrays.safetensors").exists()
+        assert (path.parent / part / "record.json").exists() == (moment == "before rename")
+        write(
+            tmp_path / "result2"
+        )  # a run of a similar name leaves the living sibling alone, and so does one of the same
+        with store.new_folder(path):
+            assert (path.parent / part).exists()
+        path.rmdir()
+    finally:
+        os.kill(job.pid, signal.SIGKILL)
+        job.wait()
+        job.stdout.close()
     assert not path.exists()
     assert siblings(path) == [part, "result2"]
     write(path)

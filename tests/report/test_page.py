@@ -145,9 +145,8 @@ def test_nothing_hostile_comes_through(sample):
     assert "2.5.1" in page.text  # a dot inside a key is not a level
 
 
-def test_nothing_is_loaded_and_everything_referred_to_exists(sample):
-    source = render_page([sample, sample], "Title")
-    page = Page(source)
+def test_nothing_is_loaded_and_everything_referred_to_exists(whole_page):
+    source, page = whole_page, Page(whole_page)
     assert "script" not in source.lower()
     assert not re.search(r"https?:|//[a-z]|@import|data:|<image|base64", source)
     assert ("meta", {"http-equiv": "Content-Security-Policy",
@@ -162,16 +161,18 @@ def test_nothing_is_loaded_and_everything_referred_to_exists(sample):
     assert page.open == []
 
 
-def test_it_can_be_read_without_seeing_it(sample):
-    source = render_page([sample, sample], "Title")
-    page = Page(source)
+def test_it_can_be_read_without_seeing_it(whole_page):
+    page = Page(whole_page)
     assert dict(page.tags)["html"] == {"lang": "en"}
+    small = 0
     for tag, attrs in page.tags:
         if tag == "svg":
+            small += attrs.get("aria-label", "").startswith("Small forecasts")
             assert attrs.get("aria-hidden") == "true" or (attrs["role"] == "img" and attrs["aria-label"])
         if tag == "th":
             assert attrs["scope"] in ("col", "row", "rowgroup")
     names = [tag for tag, _ in page.tags]
+    assert small == 2
     assert names.count("caption") == names.count("table") > 10
 
 
@@ -200,8 +201,8 @@ def test_colours_can_be_told_from_the_ground_in_light_and_dark(sample, without_p
             assert contrast(theme[f"path-{place}"], theme["surface"]) >= 3.0, place
 
 
-def test_the_same_record_gives_the_same_page(sample):
-    assert render_page([sample], "Title") == render_page([copy.deepcopy(sample)], "Title")
+def test_the_same_record_gives_the_same_page(sample, whole_page):
+    assert render_page([sample, sample], "Title") == whole_page
 
 
 def test_all_null_says_why_everywhere(sample):
@@ -229,12 +230,12 @@ def test_any_section_may_be_null(sample, group, request):
         assert not BAD_WORDS.search(page.text), section
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 def test_any_half_of_the_values_may_be_null(sample, seed):
     chance = random.Random(seed)
     record = replaced(sample, lambda path, value: value if chance.random() < 0.5 else None)
     record["reasons"] = {"forecast": "half of it", "layers": "half of them"}
-    source = render_page([record, sample], "Title")
+    source = render_page([record, record] if seed == 0 else [record], "Title")
     assert not BAD_WORDS.search(Page(source).text)
     assert not re.search(r"[\"\s]nan\b", source)
 
@@ -266,7 +267,7 @@ def test_prompts_and_generations_are_never_shown(sample, key, without_plots):
     assert "withheld" in source
 
 
-def test_several_records_are_compared(sample):
+def test_several_records_are_compared(sample, without_plots):
     other = copy.deepcopy(sample)
     other["tuning"]["name"] = "other-set"
     other["forecast"] |= {"horizon_steps": 40}
@@ -283,7 +284,6 @@ def test_several_records_are_compared(sample):
     assert "not claimed" not in " ".join(second)
     assert second[-2:] == ["step 40", "Cannot tell"]
     assert [attrs["href"] for tag, attrs in page.tags if tag == "a"] == ["#a1", "#a2"]
-    assert sum(attrs.get("aria-label", "").startswith("Small forecasts") for _, attrs in page.tags) == 2
     other["model"]["name"] = "another model"
     other["recipe"]["optimizer"] = "sgd"
     page = Page(render_page([sample, other], "Title"))
