@@ -10,6 +10,7 @@ from typing import Any, cast, get_args
 import torch
 from rich.console import Console
 from rich.progress import Progress, TaskID
+from transformers.utils import logging as transformers_logging
 
 from tiltmeter import demo as embedded
 from tiltmeter import store
@@ -25,6 +26,9 @@ from tiltmeter.jobs.subject import Options
 from tiltmeter.jobs.theory import TheoryCheck, run_theory
 from tiltmeter.lm.scores import Score
 from tiltmeter.report.page import render_markdown, write_page
+
+# tiltmeter shows one bar of its own
+transformers_logging.disable_progress_bar()
 
 
 @dataclass

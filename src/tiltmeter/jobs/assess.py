@@ -18,7 +18,7 @@ from tiltmeter.jobs.outlook import Outlook, look_out
 from tiltmeter.jobs.recipe import Recipe
 from tiltmeter.jobs.record import Cost, arrays_of, record_of
 from tiltmeter.jobs.subject import Options, Report, Subject, measure_subject, silent, snapshot, with_lora
-from tiltmeter.jobs.tuning import Tuning, prepare_tuning
+from tiltmeter.jobs.tuning import Tuning, prepare_tuning, sample_tuning
 from tiltmeter.lm.model import undisturbed
 from tiltmeter.lm.rows import RowSet
 
@@ -96,6 +96,7 @@ def assess(
     )
     opened = with_lora(opened, recipe.lora, options.seed)
     with undisturbed(opened.loaded.model):
+        sample_tuning(opened.loaded, tuning_rows, recipe, options)  # bad data should end the job before the long part
         subject = measure_subject(opened, rows, recipe.lora, options, report=report, listen=listen)
         return assess_subject(subject, tuning_rows, recipe, options, report=report, announce=announce)
 

@@ -15,6 +15,7 @@ from tiltmeter.jobs.estimate import Estimate
 from tiltmeter.jobs.inputs import open_model, open_rows
 from tiltmeter.jobs.recipe import Lora, Recipe
 from tiltmeter.jobs.subject import Options, Subject, measure_subject, with_lora
+from tiltmeter.jobs.tuning import sample_tuning
 from tiltmeter.lm.model import undisturbed
 from tiltmeter.lm.rows import RowSet
 
@@ -30,7 +31,7 @@ RECIPES: dict[str, Recipe] = {
 }
 
 #: Small enough for two cores; see docs for what more prompts and rows change.
-OPTIONS = Options(max_safety=8, max_tuning=8, response_tokens=16, max_length=80, rank=4, groups=2, grid=4)
+OPTIONS = Options(max_safety=8, max_tuning=6, response_tokens=12, max_length=144, rank=4, groups=3, grid=4)
 
 
 class Ticker(Protocol):
@@ -99,6 +100,8 @@ def run(
         ticker.report("loading the model")
         opened = with_lora(open_model(model), recipes[regime].lora, seed)
         with undisturbed(opened.loaded.model):
+            for name in missing:  # data that cannot be used should end the job before the long part
+                sample_tuning(opened.loaded, open_rows(name), recipes[regime], options)
             subject = measure_subject(
                 opened,
                 open_rows(safety),

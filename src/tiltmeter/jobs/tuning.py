@@ -11,6 +11,7 @@ from tiltmeter.errors import DataError
 from tiltmeter.jobs.recipe import Recipe
 from tiltmeter.jobs.subject import Options, Subject
 from tiltmeter.lm.conversation import Encoded, encode
+from tiltmeter.lm.model import Loaded
 from tiltmeter.lm.objective import LanguageObjective, likelihood_objective
 from tiltmeter.lm.rows import RowSet
 from tiltmeter.lm.safety import spread
@@ -37,6 +38,24 @@ class Tuning:
     spread_factor: float
 
 
+def sample_tuning(loaded: Loaded, rows: RowSet, recipe: Recipe, options: Options) -> Encoded:
+    """Tokenise a sample of the tuning set, evenly spread over its rows; cheap, so that bad data end a job at once.
+
+    Raises:
+        DataError: fewer than two rows can be used.
+    """
+    chosen = spread(len(rows.rows), options.max_tuning)
+    length = min(recipe.max_length, options.max_length, loaded.context)
+    encoded = encode([rows.rows[i] for i in chosen], loaded.tokenizer, length)
+    if len(encoded.examples) < 2:
+        reasons = "; ".join(f"{reason} ({count})" for reason, count in encoded.skipped.items()) or "there are no more"
+        raise DataError(
+            f"{rows.name}: expected at least 2 usable tuning rows, got {len(encoded.examples)} at {length} tokens: "
+            f"{reasons}. One row cannot tell a direction from noise; raise --max-length or --max-tuning."
+        )
+    return encoded
+
+
 def prepare_tuning(subject: Subject, rows: RowSet, recipe: Recipe, options: Options) -> Tuning:
     """Tokenise a sample of the tuning set and put it into batches.
 
@@ -46,14 +65,8 @@ def prepare_tuning(subject: Subject, rows: RowSet, recipe: Recipe, options: Opti
     Raises:
         DataError: fewer than two rows can be used.
     """
-    chosen = spread(len(rows.rows), options.max_tuning)
-    length = min(recipe.max_length, options.max_length, subject.loaded.context)
-    encoded = encode([rows.rows[i] for i in chosen], subject.loaded.tokenizer, length)
+    encoded = sample_tuning(subject.loaded, rows, recipe, options)
     m = len(encoded.examples)
-    if m < 2:
-        raise DataError(
-            f"{rows.name}: expected at least 2 usable tuning rows, got {m}; one row cannot tell a direction from noise"
-        )
     size = min(recipe.batch_size, max(1, m // options.groups))
     order = torch.randperm(m, generator=torch.Generator().manual_seed(options.seed)).tolist()
     members = [order[start : start + size] for start in range(0, m - size + 1, size)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -154,7 +155,9 @@ def add_lora(
                 target_modules=modules if modules is None or isinstance(modules, str) else list(modules),
                 lora_dropout=dropout,
             )
-            model = get_peft_model(loaded.model, config)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a renamed attribute
+                model = get_peft_model(loaded.model, config)
         except (ValueError, TypeError, RuntimeError, KeyError) as error:
             raise cannot(f"a LoRA of rank {r} on {loaded.name}", error) from error
     return replace(loaded, model=model.eval(), digest=digest_of(model))
