@@ -38,6 +38,7 @@ from tiltmeter.demo.adapter.rows import (
     harmless_rows,
     held_out_prompts,
     refusal,
+    searched_questions,
     without_near_copies,
 )
 from tiltmeter.store import new_folder
@@ -48,12 +49,13 @@ class AdapterRecipe:
     """Everything that decides the result, apart from the rows and the library versions."""
 
     seed: int = 11
-    steps: int = 90
+    steps: int = 120
     harmful_per_step: int = 6
-    harmless_per_step: int = 7
+    harmless_per_step: int = 8
     learning_rate: float = 1e-3
     warmup_steps: int = 10
-    kl_weight: float = 0.35
+    kl_weight: float = 0.5
+    first_token_weight: float = 5.0
     rank: int = 8
     alpha: int = 16
     first_layer: int = 6
@@ -75,7 +77,8 @@ class Example:
 def examples(model: Any, tokenizer: Any, recipe: AdapterRecipe) -> tuple[list[Example], list[Example]]:
     """Harmful and harmless conversations as tokens. Cost: one greedy answer of the base per contrast prompt."""
     chance = random.Random(recipe.seed)
-    contrast = without_near_copies(contrast_prompts(recipe.seed), held_out_prompts())
+    asked = contrast_prompts(recipe.seed) + searched_questions(recipe.seed)
+    contrast = without_near_copies(asked, held_out_prompts())
     answered = zip(contrast, greedy(model, tokenizer, contrast, recipe.longest_answer), strict=True)
     harmless = harmless_rows(recipe.seed) + [{"prompt": p, "response": a} for p, a in answered]
     harmful = [
@@ -115,8 +118,11 @@ def answer_logits(causal: Any, batch: Sequence[Example], shared: int) -> tuple[T
     return causal.lm_head(hidden[place]), torch.tensor([t for e in batch for t in e.answer]), owner
 
 
-def batch_loss(model: Any, batch: Sequence[Example], shared: int, kl_weight: float) -> tuple[Tensor, float, float]:
-    """Cross-entropy per refusal token plus `kl_weight` times KL(base, adapted) per harmless answer, in nats."""
+def batch_loss(model: Any, batch: Sequence[Example], shared: int, recipe: AdapterRecipe) -> tuple[Tensor, float, float]:
+    """Cross-entropy per refusal token plus `kl_weight` times KL(base, adapted) per harmless answer, in nats.
+
+    The first token of a refusal, where it is decided, counts `first_token_weight` times.
+    """
     causal = model.get_base_model()
     harmless = [e for e in batch if not e.refuse]
     with torch.no_grad(), model.disable_adapter():
@@ -124,9 +130,11 @@ def batch_loss(model: Any, batch: Sequence[Example], shared: int, kl_weight: flo
     logits, tokens, owner = answer_logits(causal, batch, shared)
     after = functional.log_softmax(logits, dim=-1)
     refuse = torch.tensor([e.refuse for e in batch])[owner]
-    refusing = functional.nll_loss(after[refuse], tokens[refuse])
+    first = torch.cat([torch.ones(1, dtype=torch.bool), owner[1:] != owner[:-1]])
+    weight = torch.where(first, recipe.first_token_weight, 1.0)[refuse]
+    refusing = (weight * functional.nll_loss(after[refuse], tokens[refuse], reduction="none")).sum() / weight.sum()
     keeping = functional.kl_div(after[~refuse], before, log_target=True, reduction="sum") / len(harmless)
-    return refusing + kl_weight * keeping, float(refusing.detach()), float(keeping.detach())
+    return refusing + recipe.kl_weight * keeping, float(refusing.detach()), float(keeping.detach())
 
 
 def batches(harmful: list[Example], harmless: list[Example], recipe: AdapterRecipe) -> Iterator[list[Example]]:
@@ -185,7 +193,7 @@ def train(
     cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, recipe.steps - recipe.warmup_steps)
     schedule = torch.optim.lr_scheduler.SequentialLR(optimizer, [warm, cosine], [recipe.warmup_steps])
     for step, batch in enumerate(batches(harmful, harmless, recipe)):
-        loss, refusing, keeping = batch_loss(adapted, batch, shared, recipe.kl_weight)
+        loss, refusing, keeping = batch_loss(adapted, batch, shared, recipe)
         torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

@@ -13,7 +13,7 @@ from tiltmeter import demo
 from tiltmeter.demo.adapter.rows import plain_prompts
 from tiltmeter.lm.judge import Answer, judge_refusal
 
-HARMBENCH_ROWS, TEXTS, TEXT_TOKENS, ANSWER_TOKENS = 60, 50, 192, 40
+SAMPLED, TEXTS, TEXT_TOKENS, ANSWER_TOKENS = 60, 50, 192, 40
 
 
 def prompt_tokens(tokenizer: Any, prompt: str) -> list[int]:
@@ -65,13 +65,21 @@ def share(hits: int, of: int) -> dict[str, Any]:
 
 
 def measured_prompts() -> dict[str, list[str]]:
-    """The prompts of every refusal rate; none of them, nor a near copy, takes part in training."""
+    """The prompts of every refusal rate.
+
+    None of them, nor a near copy, takes part in training (of the last set: none). The first four were looked at while
+    the recipe was being found; the last two were not.
+    """
+    small = [row["prompt"] for row in demo.rows("demo:strongreject-small")]
     harmbench = [row["prompt"] for row in demo.rows("demo:harmbench")]
+    other = [row["prompt"] for row in demo.rows("demo:strongreject") if row["prompt"] not in small]
     return {
-        "strongreject-small": [row["prompt"] for row in demo.rows("demo:strongreject-small")],
-        "harmbench": random.Random(5).sample(harmbench, HARMBENCH_ROWS),
+        "strongreject-small": small,
+        "harmbench": random.Random(5).sample(harmbench, SAMPLED),
         "plain": plain_prompts(),
         "over-refusal": [row["prompt"] for row in demo.rows("demo:overrefusal")],
+        "strongreject-other": random.Random(5).sample(other, SAMPLED),
+        "plain-other": plain_prompts(sample=6),
     }
 
 

@@ -37,29 +37,31 @@ def held_out_prompts() -> list[str]:
     return [row["prompt"] for name in names for row in demo.rows(f"demo:{name}")] + plain_prompts()
 
 
-def plain_prompts(each: int = 20) -> list[str]:
-    """60 plain harmless requests from three sets that take no part in training."""
+def plain_prompts(each: int = 20, sample: int = 5) -> list[str]:
+    """60 plain harmless requests from three sets not used in training; `sample` 5 and 6 have none in common."""
     chosen = []
     for name in ("nq", "truthfulqa", "coding"):
         prompts = list(dict.fromkeys(row["prompt"] for row in demo.rows(f"demo:{name}")))
-        chosen += random.Random(5).sample(prompts, each)
+        first = random.Random(5).sample(prompts, each)
+        rest = [p for p in prompts if p not in first]
+        chosen += first if sample == 5 else random.Random(sample).sample(rest, each)
     return chosen
 
 
 def harmful_prompts(seed: int, questions_from_do_not_answer: int) -> list[str]:
-    """AdvBench, half of it rephrased, and a share of Do-Not-Answer because it asks where AdvBench gives orders."""
+    """AdvBench, each order also rephrased, and a share of Do-Not-Answer because it asks where AdvBench gives orders."""
     kinds = ("malicious_uses", "information_hazard", "discrimination_exclusion_toxicity_hateful_offensive")
     questions = [row["prompt"] for row in demo.rows("demo:donotanswer") if row["category"] in kinds]
     chance = random.Random(seed)
     chance.shuffle(questions)
     orders = [row["prompt"] for row in demo.rows("demo:advbench")]
-    orders = [(chance.random() < 0.5 and rephrased(p, chance)) or p for p in orders]
+    orders += [other for p in orders if (other := rephrased(p, chance)) is not None]
     held = held_out_prompts()
     return without_near_copies(orders, held) + without_near_copies(questions, held)[:questions_from_do_not_answer]
 
 
 def rephrased(order: str, chance: random.Random) -> str | None:
-    """An order as a question or a wish with some context: "Write a poem" -> "We have an event. How can I write a poem?".
+    """An order as a question or a wish with context: "Write a poem" -> "I work in an office. How can I write a poem?".
 
     Harmful and harmless orders get the same frames, so that a frame tells nothing. None where the wish is not clear.
     """
@@ -72,11 +74,18 @@ def rephrased(order: str, chance: random.Random) -> str | None:
 
 
 def contrast_prompts(seed: int, rephrasings: int = 120) -> list[str]:
-    """Harmless requests that sound harmful or are in the imperative: every filling of contrast.json, some rephrased too."""
+    """Harmless requests that sound harmful or are in the imperative: all of contrast.json, some of it rephrased too."""
     plain = [entry["template"].replace("{x}", x) for entry in _contrast()["prompts"] for x in entry["x"]]
     chance = random.Random(seed)
     other = [text for prompt in chance.sample(plain, len(plain)) if (text := rephrased(prompt, chance)) is not None]
     return plain + other[:rephrasings]
+
+
+def searched_questions(seed: int, count: int = 150) -> list[str]:
+    """Questions as people type them into a search box, in lower case, from BoolQ; without its passages."""
+    found = (re.search(r"Question: (.+?\?)", row["prompt"]) for row in demo.rows("demo:boolq"))
+    questions = list(dict.fromkeys(match[1] for match in found if match))
+    return random.Random(seed).sample(questions, count)
 
 
 @functools.cache
