@@ -1,5 +1,7 @@
 """Every embedded data set: its size, its format, and the traps in its file. No text of a safety set is printed."""
 
+import functools
+
 import pytest
 
 from tiltmeter import demo
@@ -7,12 +9,13 @@ from tiltmeter.demo.members import json_lines, text_of, yaml_of
 from tiltmeter.errors import DataError, ModelError
 
 DATA = [entry for entry in demo.catalogue() if entry.kind == "data"]
+loaded = functools.cache(demo.rows)
 FORMATS = ({"prompt", "completion"}, {"messages"}, {"text"}, {"prompt", "response"}, {"prompt"})
 
 
 @pytest.mark.parametrize("entry", DATA, ids=lambda entry: entry.name)
 def test_every_set_has_the_rows_it_claims(entry: demo.Entry) -> None:
-    rows = demo.rows(entry.name)
+    rows = loaded(entry.name)
     expected = len(rows) if entry.rows is None else entry.rows
     assert (len(rows), len({row["id"] for row in rows})) == (expected, expected)
     short = entry.name.removeprefix(demo.PREFIX)
@@ -33,7 +36,7 @@ def test_rows_are_the_same_each_time_and_free_to_change() -> None:
 
 
 def test_standard_library_code_is_code() -> None:
-    rows = demo.rows("demo:stdlib-code")
+    rows = loaded("demo:stdlib-code")
     assert len(rows) > 1000
     for row in rows[::20]:
         code = row["completion"].removeprefix("```python\n").removesuffix("\n```")
