@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +34,12 @@ def test_ids_are_distinct_and_nearly_every_claim_is_tried_at_three_scales(check)
 
 def test_claims_with_other_random_systems():
     assert [c.line() for c in run_theory(seed=1).claims if not c.holds] == []
+
+
+def test_the_documentation_derives_exactly_the_claims_that_are_tried(check):
+    text = (Path(__file__).parents[2] / "docs" / "theory.md").read_text()
+    ids = {c.id for c in check.claims}
+    assert [i for i in sorted(ids) if f"`{i}`" not in text] == []
 
 
 def test_record_is_what_the_store_takes(check):

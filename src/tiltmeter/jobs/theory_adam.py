@@ -26,14 +26,17 @@ def adam_claims(seed: int) -> list[Claim]:
     ]
 
 
+def _adamw(parameters: list[torch.Tensor]) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(parameters, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0)
+
+
 def _adam_first_step(seed: int) -> Claim:
     def pair(scale: float) -> tuple[float, float]:
         slope, test = scale * rotation(6, seed)[0], rotation(6, seed)[1]
-        moved = run_torch(lambda p: torch.optim.AdamW(p, lr=1e-3, weight_decay=0.0), torch.zeros_like(slope),
-                          linear_losses(slope[None], 9))  # fmt: skip
-        path = LinearPath(
-            Adam(), Clock.constant(1e-3, 9), measure_slope(linear_objective(slope.expand(2, 6)), batches(2))
-        )
+        losses = linear_losses(slope[None], 9)
+        moved = run_torch(_adamw, torch.zeros_like(slope), losses)
+        slopes = measure_slope(linear_objective(slope.expand(2, 6)), batches(2))
+        path = LinearPath(Adam(), Clock.constant(1e-3, 9), slopes)
         return float(test @ moved), float(test @ path.displacement(9))
 
     return Claim(
@@ -52,8 +55,7 @@ def _adam_settles(seed: int) -> Claim:
         slope = torch.randn(6, dtype=DOUBLE, generator=generator)
         noise = scale * torch.randn(8, 6, dtype=DOUBLE, generator=generator)
         gradients = slope + noise - noise.mean(0)
-        moved = run_torch(lambda p: torch.optim.AdamW(p, lr=1e-3, betas=(0.9, 0.999), weight_decay=0.0),
-                          torch.zeros_like(slope), linear_losses(gradients, 400))  # fmt: skip
+        moved = run_torch(_adamw, torch.zeros_like(slope), linear_losses(gradients, 400))
         path = LinearPath(Adam(), Clock.constant(1e-3, 400), measure_slope(linear_objective(gradients), batches(8)))
         foretold = path.displacement(400)
         return float(foretold @ moved), float(foretold @ foretold)
