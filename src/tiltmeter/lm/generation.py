@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from tiltmeter.lm.conversation import prompt_text
+from tiltmeter.lm.conversation import prompt_tokens
 from tiltmeter.lm.model import Loaded, undisturbed
 
 
@@ -34,7 +34,7 @@ def generate(
     Cost: one forward pass over every prompt and one token at a time over the answers.
     """
     tokenizer = loaded.tokenizer
-    ids = [tokenizer(prompt_text(p, tokenizer), add_special_tokens=False)["input_ids"] for p in prompts]
+    ids = [prompt_tokens(p, tokenizer) for p in prompts]
     order = sorted(range(len(ids)), key=lambda i: len(ids[i]))
     answers = [""] * len(ids)
     # A fresh configuration: the checkpoint's own may ask for sampling.
