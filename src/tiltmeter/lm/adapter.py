@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,14 @@ WEIGHTS = "adapter_model.safetensors"
 
 #: PEFT's name of the one adapter we load; it stands in the name of every parameter of it.
 _ADAPTER = "default"
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Leave out the warning that peft asks transformers for an attribute that has a new name."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def adapter_folder(name: str) -> Path | None:
@@ -78,7 +89,8 @@ def merge(base: Any, folder: Path) -> Any:
     try:
         config = PeftConfig.from_pretrained(str(folder))
         config.inference_mode = True
-        wrapped = PeftModel(base, config, adapter_name=_ADAPTER)
+        with quiet():
+            wrapped = PeftModel(base, config, adapter_name=_ADAPTER)
         result = set_peft_model_state_dict(wrapped, load_peft_weights(str(folder), device="cpu"), _ADAPTER)
     except Exception as error:  # PEFT has no error class of its own
         raise cannot(f"the adapter {folder} on {base.name_or_path}", error) from error

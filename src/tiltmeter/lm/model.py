@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
@@ -15,7 +14,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tiltmeter.errors import ModelError, OutOfMemory
-from tiltmeter.lm.adapter import adapter_folder, base_of, has_tokenizer, merge
+from tiltmeter.lm.adapter import adapter_folder, base_of, has_tokenizer, merge, quiet
 from tiltmeter.lm.checkpoint import cannot, check_memory, read_gguf, read_model, read_tokenizer
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -155,8 +154,7 @@ def add_lora(
                 target_modules=modules if modules is None or isinstance(modules, str) else list(modules),
                 lora_dropout=dropout,
             )
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a renamed attribute
+            with quiet():
                 model = get_peft_model(loaded.model, config)
         except (ValueError, TypeError, RuntimeError, KeyError) as error:
             raise cannot(f"a LoRA of rank {r} on {loaded.name}", error) from error
