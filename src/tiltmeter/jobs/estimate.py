@@ -14,9 +14,9 @@ from tiltmeter.jobs.recipe import Recipe
 from tiltmeter.jobs.subject import Options, Subject
 from tiltmeter.jobs.tuning import Tuning
 
-#: Vectors of n parameters alive at the fullest moment: anchor, margin gradient, mean, spread, acceleration, its half
-#: difference, random direction, displaced parameters and two temporaries.
-VECTORS = 10
+#: Vectors of n parameters alive at the fullest moment, besides what the subject holds: mean, spread, and for a Hessian
+#: product its direction, the displaced parameters, the result and an earlier result.
+VECTORS = 6
 
 #: Activation memory of one token through one layer of width d, in units of 4 d bytes (measured on a 135 M Llama: 1.1 GB
 #: for 512 tokens, logits apart).
@@ -101,15 +101,13 @@ def memory_estimate(subject: Subject, tuning: Tuning, options: Options) -> float
     config = subject.loaded.model.config
     n = subject.forward.space.size
     group_bytes = 2 if n > 2**25 else 4
-    vectors = 4 * n * VECTORS + group_bytes * n * 2 * options.groups
+    vectors = 4 * n * VECTORS + group_bytes * n * options.groups
     layer = 4 * config.hidden_size * config.num_hidden_layers * ACTIVATIONS
     graph = 3 if subject.hessian == "exact" else 1
     logits = 4 * config.vocab_size * 4
     most = max(batch.tokens.numel() for _, batch in (*subject.divergence.inner.chunks, *tuning.objective.chunks))
     activations = most * (layer * graph + logits)
-    model = sum(p.numel() * p.element_size() for p in subject.loaded.model.parameters())
-    total = resident_bytes() + max(0, vectors - model) + activations
-    return float(total) / 1e9
+    return float(resident_bytes() + vectors + activations) / 1e9
 
 
 def resident_bytes() -> int:
