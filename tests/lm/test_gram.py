@@ -253,6 +253,9 @@ class _Oddity(nn.Module):
         self.gate = nn.Parameter(torch.randn(()))
         self.twice = nn.Linear(8, 8)
         self.scale = nn.Parameter(torch.randn(8))
+        self.made = nn.Linear(8, 8)
+        self.late = nn.Linear(8, 8)
+        self.flat = nn.Linear(8, 8)
         self.head = nn.Linear(8, VOCABULARY)
 
     def get_input_embeddings(self) -> nn.Embedding:
@@ -268,6 +271,10 @@ class _Oddity(nn.Module):
         x *= 1.5  # in place on an output
         x = torch.sin(x * self.scale) * torch.exp(self.scale) + torch.einsum("btd,cd->btc", x, self.twice.weight)
         x = self.twice(x) + self.twice.bias.cumsum(0)
+        x = F.linear(x, self.made.weight * 2, self.made.bias)
+        x = self.late(x.transpose(0, 1)).sin()  # positions first
+        x = x.contiguous().transpose(0, 1).sin()  # the batch first again, but not in memory
+        x = self.flat(x.transpose(0, 1).reshape(-1, 8)).view(x.shape[1], -1, 8).transpose(0, 1)
         return transformers.modeling_outputs.CausalLMOutput(logits=self.head(x.flatten(0, 1)).view(*x.shape[:2], -1))
 
 
@@ -276,6 +283,39 @@ def test_parameters_used_in_unusual_ways_and_in_several_ways() -> None:
     model = _Oddity().double()
     parameters = dict(model.named_parameters())
     check(gram(model, TWO, loss, parameters), dense(model, TWO, loss, parameters), 1e-10)
+
+
+@pytest.mark.parametrize("part", ["late", "flat", "made", "scale", "gate"])
+def test_one_parameter_used_in_an_unusual_way_is_enough(part: str) -> None:
+    torch.manual_seed(0)
+    model = _Oddity().double()
+    parameters = {name: p for name, p in model.named_parameters() if part in name}
+    check(gram(model, TWO, loss, parameters), dense(model, TWO, loss, parameters), 1e-10)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_factors_are_used_up_as_the_last_backward_pass_goes(
+    checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = build("untied", torch.float32)
+    if checkpointing:
+        model.train().gradient_checkpointing_enable()
+    order: list[str] = []
+    plain = Pieces.gram
+
+    def spy(self: Pieces, m: int, chunk_bytes: int) -> Tensor:
+        order.append("products")
+        return plain(self, m, chunk_bytes)
+
+    def watch(module: nn.Module, inputs: Any, output: Tensor) -> None:
+        output.register_hook(lambda _: order.append("embedding"))
+
+    monkeypatch.setattr(Pieces, "gram", spy)
+    model.model.embed_tokens.register_forward_hook(watch)
+    parameters = dict(model.named_parameters())
+    gram(model, TWO, loss, parameters)
+    assert order.index("embedding") == 0  # the first batch: nothing is complete yet
+    assert order[1:] == ["products"] * (len(parameters) - 1) + ["embedding", "products"]
 
 
 def test_half_precision_weights_are_as_good_as_their_gradients() -> None:
@@ -416,7 +456,7 @@ def test_activations_changed_in_place_are_an_error_and_not_a_wrong_result() -> N
 def test_routes_agree_with_gradients_formed_whole(r: int, rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Factors of two batches, one of which has a second use and a lookup, and maybe rows known directly."""
     torch.manual_seed(0)
-    c, m = 4, 5
+    c, m = 4, 6  # the last example has no factor
     pieces = [
         Factor(0, torch.randn(3, 6, r).double(), torch.randn(3, 6, c).double()),
         Factor(3, torch.randn(2, 5, r).double(), torch.randn(2, 5, c).double()),
@@ -429,7 +469,7 @@ def test_routes_agree_with_gradients_formed_whole(r: int, rows: bool, monkeypatc
         left = F.one_hot(piece.left, r).double() if piece.looks_up else piece.left
         whole[piece.examples] += torch.einsum("btr,btc->brc", left, piece.right)
     expected = whole.flatten(1) @ whole.flatten(1).T
-    for ghost in (0, 10**9):
+    for ghost in (-1000, 10**9):
         monkeypatch.setattr(factors, "_GHOST_ENTRY", ghost)
         for chunk in (1, 700, 10**6):
             assert_close(Pieces(torch.Size((r, c)), list(pieces), known).gram(m, chunk), expected)

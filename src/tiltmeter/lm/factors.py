@@ -15,12 +15,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tiltmeter.geometry.space import PIECE
 
-#: Gradients are formed in so many bytes on a CPU, where larger pieces fall out of its cache and take twice as long.
-_CACHE = 2**23
+#: Gradients are formed in so many bytes on a CPU; larger pieces fall out of its cache and take up to twice as long.
+_CACHE = 2**25
 
 #: Multiplications that take as long as one entry of a ghost product, or of a gradient, takes for moving it through
 #: memory, in the choice of a route; measured on a CPU.
@@ -61,6 +62,11 @@ class Factor:
         """Number b t of positions."""
         return self.right.shape[0] * self.right.shape[1]
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of both factors."""
+        return self.left.nbytes + self.right.nbytes
+
     def packed(self, gradient: Tensor) -> Factor | None:
         """Without positions where the output gradient [b, t, ...] is zero, if that saves a quarter or more.
 
@@ -80,14 +86,14 @@ class Factor:
         """Add rows `start` onwards of the gradients [b, r, c], or put them there if `fresh`."""
         stop = start + gradients.shape[1]
         if not self.looks_up:
-            left, right = wide(self.left[:, :, start:stop]), wide(self.right)
-            gradients.baddbmm_(left.transpose(1, 2), right, beta=0.0 if fresh else 1.0)
+            left = self.left[:, :, start:stop].transpose(1, 2)
+            gradients.baddbmm_(left, self.right, beta=0.0 if fresh else 1.0)
             return
         if fresh:
             gradients.zero_()
         example, position = ((self.left >= start) & (self.left < stop)).nonzero(as_tuple=True)
         rows = self.left[example, position] - start
-        gradients.index_put_((example, rows), wide(self.right[example, position]), accumulate=True)
+        gradients.index_put_((example, rows), self.right[example, position], accumulate=True)
 
 
 @dataclass
@@ -108,13 +114,14 @@ class Pieces:
         """Inner products [m, m] in float64, on the CPU.
 
         Cost: with N positions in all, the smaller of 2 N^2 (r + c) and 2 (N + m^2) r c operations; the lookups of a
-        table always cost the former, without r. Memory: `chunk_bytes`.
+        table always cost the former, without r. Memory: twice `chunk_bytes`; factors in half precision once more, wide.
         """
+        factors = _joined(self.factors, chunk_bytes)
         if self.rows is not None:
-            return _add_up(self.rows) if not self.factors else self._by_rows(self.factors, m, chunk_bytes)
+            return self._by_rows(factors, m, chunk_bytes) if factors else _add_up(self.rows)
         products = torch.zeros(m, m, dtype=torch.float64)
-        tables = [factor for factor in self.factors if factor.looks_up]
-        matrices = [factor for factor in self.factors if not factor.looks_up]
+        tables = [factor for factor in factors if factor.looks_up]
+        matrices = [factor for factor in factors if not factor.looks_up]
         if _ghost_is_cheaper(matrices, m):
             tables += matrices
         elif matrices:
@@ -129,7 +136,7 @@ class Pieces:
 
     def _by_rows(self, factors: Sequence[Factor], m: int, chunk_bytes: int) -> Tensor:
         """The products from the gradients, a few rows of the parameter at a time."""
-        like = wide(factors[0].right)
+        like = factors[0].right
         r, c = self.shape
         if like.device.type == "cpu":
             chunk_bytes = min(chunk_bytes, _CACHE)
@@ -156,8 +163,33 @@ def _add_up(rows: Tensor) -> Tensor:
     products = torch.zeros(len(rows), len(rows), dtype=torch.float64)
     for start in range(0, rows.shape[1], PIECE):
         piece = rows[:, start : start + PIECE]
-        products += (piece @ piece.T).double().cpu()
+        products += (piece @ piece.T).cpu().double()
     return products
+
+
+def _joined(factors: Sequence[Factor], most_bytes: int) -> list[Factor]:
+    """The same factors, wide, with neighbouring batches in one as far as that takes no more than so many bytes."""
+    runs: list[list[Factor]] = []
+    for factor in sorted(factors, key=lambda factor: factor.first):
+        for run in runs:
+            follows = run[-1].examples.stop == factor.first and run[-1].looks_up == factor.looks_up
+            if follows and sum(other.nbytes for other in run) + factor.nbytes <= most_bytes:
+                run.append(factor)
+                break
+        else:
+            runs.append([factor])
+    return [_side_by_side(run) for run in runs]
+
+
+def _side_by_side(run: Sequence[Factor]) -> Factor:
+    """One wide factor for examples that follow each other; shorter ones are filled up with zeros."""
+    if len(run) == 1:
+        left, right = run[0].left, run[0].right
+    else:
+        t = max(factor.right.shape[1] for factor in run)
+        right = torch.cat([F.pad(f.right, (0, 0, 0, t - f.right.shape[1])) for f in run])
+        left = torch.cat([F.pad(f.left, (0, 0) * (f.left.ndim - 2) + (0, t - f.left.shape[1])) for f in run])
+    return Factor(run[0].first, left if run[0].looks_up else wide(left), wide(right))
 
 
 def _ghost_is_cheaper(factors: Sequence[Factor], m: int) -> bool:
@@ -169,15 +201,14 @@ def _ghost_is_cheaper(factors: Sequence[Factor], m: int) -> bool:
 
 def _add_ghost(products: Tensor, one: Factor, other: Factor, chunk_bytes: int) -> None:
     """Add the products of two factors, and their mirror image, without forming a gradient."""
-    per_example = one.right.shape[1] * other.positions * 8
+    per_example = one.right.shape[1] * other.positions * one.right.element_size()
     step = max(1, chunk_bytes // (2 * per_example))
-    right = wide(other.right).flatten(0, 1)
     block = []
     for start in range(0, one.right.shape[0], step):
         part = Factor(0, one.left[start : start + step], one.right[start : start + step])
-        pairs = (wide(part.right).flatten(0, 1) @ right.T).mul_(_left_products(part, other))
+        pairs = (part.right.flatten(0, 1) @ other.right.flatten(0, 1).T).mul_(_left_products(part, other))
         shape = (*part.right.shape[:2], *other.right.shape[:2])
-        block.append(pairs.view(shape).sum((1, 3), dtype=torch.float64).cpu())
+        block.append(pairs.view(shape).sum(3).cpu().double().sum(1))
     added = torch.cat(block)
     products[one.examples, other.examples] += added
     if one is not other:
@@ -189,7 +220,7 @@ def _left_products(one: Factor, other: Factor) -> Tensor:
     if one.looks_up and other.looks_up:
         return one.left.reshape(-1, 1) == other.left.reshape(1, -1)
     if one.looks_up:
-        return wide(other.left).flatten(0, 1)[:, one.left.flatten()].T
+        return other.left.flatten(0, 1)[:, one.left.flatten()].T
     if other.looks_up:
-        return wide(one.left).flatten(0, 1)[:, other.left.flatten()]
-    return wide(one.left).flatten(0, 1) @ wide(other.left).flatten(0, 1).T
+        return one.left.flatten(0, 1)[:, other.left.flatten()]
+    return one.left.flatten(0, 1) @ other.left.flatten(0, 1).T
