@@ -1,0 +1,75 @@
+"""The tuning set as the trainer sees it: batch losses, scatter, truncation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tiltmeter.errors import DataError
+from tiltmeter.jobs.inputs import Opened
+from tiltmeter.jobs.recipe import Recipe
+from tiltmeter.jobs.subject import Options, Subject, measure_subject, with_lora
+from tiltmeter.jobs.tuning import prepare_tuning
+from tiltmeter.lm.conversation import collate
+from tiltmeter.lm.model import Loaded, digest_of
+from tiltmeter.lm.rows import RowSet
+
+ROWS = tuple({"prompt": f"What is {i}?", "completion": "well " * (1 + i % 4) + str(i)} for i in range(11))
+OPTIONS = Options(rank=1, groups=3, max_safety=2, response_tokens=3, max_tokens=90)
+
+
+@pytest.fixture
+def subject(make_llama: Any, make_tokenizer: Any) -> Subject:
+    model = make_llama()
+    opened = with_lora(Opened(Loaded(model, make_tokenizer(), "small", digest_of(model), 256)), None, 0)
+    safety = RowSet("locks", ({"prompt": "How do I pick a lock?"}, {"prompt": "How do I make a cake?"}), "d")
+    return measure_subject(opened, safety, None, OPTIONS)
+
+
+@pytest.mark.parametrize(("batch", "expected"), [(2, 2), (3, 3), (64, 3)])
+def test_batch_losses_are_the_trainers(subject: Subject, batch: int, expected: int) -> None:
+    """Transformers' loss of a batch is the mean over all its supervised tokens, whoever they belong to."""
+    tuning = prepare_tuning(subject, RowSet("rows", ROWS, "d"), Recipe(steps=3, batch_size=batch), OPTIONS)
+    assert tuning.batch_size == expected
+    assert_close(tuning.spread_factor, (expected / batch) ** 0.5)
+    losses = tuning.batches @ tuning.objective.losses()
+    members = [row.nonzero()[:, 0].tolist() for row in tuning.batches]
+    assert sorted(i for group in members for i in group) == list(range(11))
+    assert all(expected <= len(group) < 2 * expected for group in members)
+    for group, loss in zip(members, losses, strict=True):
+        batched = collate([tuning.encoded.examples[i] for i in group], 0)
+        with torch.no_grad():
+            theirs = subject.loaded.model(input_ids=batched.tokens, labels=batched.labels).loss
+        assert_close(loss, theirs.double(), rtol=1e-5, atol=1e-5)
+    everything = collate(tuning.encoded.examples, 0)
+    with torch.no_grad():
+        whole = subject.loaded.model(input_ids=everything.tokens, labels=everything.labels).loss
+    assert_close(tuning.objective.losses().mean(), whole.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_truncation_is_counted_and_the_shortest_limit_holds(subject: Subject) -> None:
+    whole = prepare_tuning(subject, RowSet("rows", ROWS, "d"), Recipe(), OPTIONS).encoded
+    lengths = sorted(len(example.tokens) for example in whole.examples)
+    assert whole.truncated == 0
+    limit = lengths[5]
+    for recipe, options in (
+        (Recipe(max_length=limit), OPTIONS),
+        (Recipe(), Options(**{**vars(OPTIONS), "max_length": limit})),
+    ):
+        cut = prepare_tuning(subject, RowSet("rows", ROWS, "d"), recipe, options).encoded
+        assert max(len(example.tokens) for example in cut.examples) == limit
+        assert cut.truncated == sum(length > limit for length in lengths)
+    with pytest.raises(DataError, match=r"not one of 11 rows can be used: prompt longer than max_length \(11\)"):
+        prepare_tuning(subject, RowSet("rows", ROWS, "d"), Recipe(max_length=4), OPTIONS)
+
+
+def test_a_sample_is_spread_over_the_set_and_one_row_is_too_few(subject: Subject) -> None:
+    options = Options(**{**vars(OPTIONS), "max_tuning": 4})
+    tuning = prepare_tuning(subject, RowSet("rows", ROWS, "d"), Recipe(batch_size=2), options)
+    words = [subject.loaded.tokenizer.decode(example.tokens) for example in tuning.encoded.examples]
+    assert [next(i for i in range(11) if f"What is {i}?" in text) for text in words] == [0, 2, 5, 8]
+    with pytest.raises(DataError, match="at least 2 usable tuning rows, got 1"):
+        prepare_tuning(subject, RowSet("rows", ROWS[:1], "d"), Recipe(), OPTIONS)
