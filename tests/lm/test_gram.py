@@ -19,6 +19,7 @@ from tiltmeter.lm import factors
 from tiltmeter.lm.conversation import Batch
 from tiltmeter.lm.factors import Factor, Pieces
 from tiltmeter.lm.gram import Gram, gram, gram_bytes, per_layer_name
+from tiltmeter.lm.layers import Recorder
 
 PAD = 5  # a token that is also used, as the end-of-turn token of SmolLM2 is
 VOCABULARY = 60
@@ -156,7 +157,27 @@ def test_odd_models_are_passed_one_example_at_a_time(name: str) -> None:
     model, calls = build(name, torch.float32), []
     model.register_forward_pre_hook(lambda *_: calls.append(1))
     gram(model, TWO, loss, dict(model.named_parameters()))
-    assert len(calls) == 1 + 7
+    assert len(calls) == 1 + 1 + 7
+
+
+def test_gradients_that_have_to_be_kept_whole_are_kept_for_few_parameters_at_a_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = build("experts")
+    parameters = dict(model.named_parameters())
+    most = 0
+    plain = Recorder.add_rows
+
+    def spy(self: Recorder, name: str, rows: Tensor) -> None:
+        nonlocal most
+        plain(self, name, rows)
+        most = max(most, sum(p.rows.nbytes for p in self.pieces.values() if p.rows is not None))
+
+    monkeypatch.setattr(Recorder, "add_rows", spy)
+    once = gram(model, TWO, loss, parameters)
+    whole, most = most, 0
+    check(gram(model, TWO, loss, parameters, store_bytes=whole // 3), once, 1e-12)
+    assert most < 0.6 * whole
 
 
 def test_the_test_model_would_show_a_lost_cross_term_of_tied_embeddings() -> None:
@@ -342,7 +363,7 @@ def test_gradient_checkpointing_changes_nothing(name: str, reentrant: bool) -> N
     norm.register_forward_pre_hook(lambda *_: calls.append(10))
     model.train()
     check(gram(model, TWO, loss, parameters), plain, 1e-12)
-    assert calls.count(10) == 2 * calls.count(1) - (1 if name == "flattened" else 0)  # once more on the way back
+    assert calls.count(10) == 2 * calls.count(1) - (2 if name == "flattened" else 0)  # once more on the way back
     assert layer._gradient_checkpointing_func is function
     assert layer.training
 

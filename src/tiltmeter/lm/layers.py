@@ -136,10 +136,8 @@ class Recorder(TorchFunctionMode):
         base = x._base  # [b t, d] is fine as a view of [b, t, d]; otherwise its rows may have been chosen or shuffled
         if base is None or base.ndim < 3 or base.shape[0] != self._b or base.numel() != x.numel():
             return False
-        per_example = (
-            sum((size - 1) * stride for size, stride in zip(base.shape[1:], base.stride()[1:], strict=True)) + 1
-        )
-        side_by_side = base.stride(0) * self._b == base.numel() and per_example <= base.stride(0)
+        span = 1 + sum((size - 1) * step for size, step in zip(base.shape[1:], base.stride()[1:], strict=True))
+        side_by_side = base.stride(0) * self._b == base.numel() and span <= base.stride(0)
         return x.is_contiguous() and side_by_side and x.storage_offset() == base.storage_offset()
 
     def _matrix(self, x: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor | None:
