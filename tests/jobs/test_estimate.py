@@ -123,4 +123,4 @@ def test_speed_and_memory_are_measured(make_llama: Any, make_tokenizer: Any) -> 
     assert 0 < time_token(subject) < 1
     spent = subject.forward.passes.tokens["forward_backward"] - before["forward_backward"]
     assert 0 < spent < 2 * subject.negative_margin.work
-    assert 0 < resident_bytes() / 1e9 <= peak_gb()
+    assert 0 < resident_bytes() / 1e9 < 1.1 * peak_gb()  # the kernel counts the two at different moments

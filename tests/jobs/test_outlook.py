@@ -1,0 +1,110 @@
+"""From paths to a verdict: horizon, budgets, and words, on findings made by hand."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+from tiltmeter.geometry.forecast import PathValues
+from tiltmeter.jobs.outlook import Outlook, look_out
+from tiltmeter.jobs.subject import Options
+from tiltmeter.lm.measurement import Measurement, share
+
+STEPS = (1, 2, 4, 8)
+TIMES = torch.tensor(STEPS, dtype=torch.float64) / 1000
+PROMPTS = 6
+
+
+def made(
+    slope: float,
+    *,
+    other: float | None = None,
+    anchor: float = 5.0,
+    reach: float = 0.0,
+    scatter: float = 0.01,
+    power: float = 2.0,
+    rate: Measurement | None = None,
+    **budgets: Any,
+) -> Outlook:
+    """Margins that change by `slope` per step (by `other` on the straight path) and a KL = flow time^power."""
+    wobble = scatter * torch.linspace(-1, 1, PROMPTS, dtype=torch.float64)
+    start = anchor + torch.linspace(-0.5, 0.5, PROMPTS, dtype=torch.float64)
+    steps = torch.tensor(STEPS, dtype=torch.float64)[:, None]
+    kl = (TIMES[:, None] ** power).expand(-1, PROMPTS) * (1 + wobble)
+
+    def path(s: float) -> PathValues:
+        return PathValues(STEPS, kl, start + s * steps * (1 + wobble))
+
+    covered = torch.linspace(0, 8, 9, dtype=torch.float64) / 1000
+    found = SimpleNamespace(
+        values={"curved": path(slope), "linear": path(slope if other is None else other)},
+        covered=covered, margin_reach=reach, speed_reach=0.1,
+    )  # fmt: skip
+    safety = SimpleNamespace(refusal_rate=lambda: rate or share(6, 6))
+    subject: Any = SimpleNamespace(anchor_margin=start, safety=safety)
+    return look_out(subject, found, Options(**budgets))  # type: ignore[arg-type]
+
+
+VERDICTS: dict[str, tuple[Outlook, str, int]] = {
+    "falls": (made(-0.2), "wears", 8),
+    "falls below zero": (made(-1.0), "collapses", 8),
+    "was below zero before": (made(-0.2, anchor=-3.0), "wears", 8),
+    "grows": (made(0.2), "holds", 8),
+    "stays": (made(0.0), "holds", 8),
+    "is not known": (made(-0.1, reach=1e4), "cannot tell", 8),
+    "parts at once": (made(-0.2, other=0.5), "cannot tell", 0),
+    "no interval": (made(-0.2, reach=math.nan), "cannot tell", 8),
+}
+
+
+@pytest.mark.parametrize("case", VERDICTS)
+def test_verdicts(case: str) -> None:
+    outlook, kind, last = VERDICTS[case]
+    assert outlook.verdict == kind
+    assert outlook.horizon_steps == last
+    assert outlook.text.lower().startswith(kind)
+    assert "nan" not in outlook.text
+
+
+def test_nothing_good_is_claimed_where_the_paths_part_on_the_way() -> None:
+    """Differences below 0.02 nats do not matter, so the first steps agree; later ones do not."""
+    outlook = made(0.01, other=0.02)
+    assert 0 < outlook.horizon_steps < 8
+    assert outlook.verdict in ("wears", "cannot tell")
+    assert "beyond" in outlook.horizon_reason
+
+
+@pytest.mark.parametrize("power", [2.0, 4.0])
+def test_leading_order_is_that_of_flow_time(power: float) -> None:
+    value, low, high = made(-0.2, power=power).leading_order
+    assert_close(value, power)
+    assert low <= value + 1e-9
+    assert value <= high + 1e-9
+
+
+def test_budgets_are_passed_where_the_curve_passes_them() -> None:
+    crossings = made(-0.5, budget_margin=3.5, budget_kl=1.0, budget_refusal=0.99).crossings
+    assert [c.quantity for c in crossings] == ["safety_kl", "margin", "refusal_rate"]
+    kl, margin, _ = crossings
+    assert (kl.value, kl.claimed) == (None, False)
+    assert_close(margin.value, 3.0, rtol=1e-6, atol=1e-6)
+    assert margin.low < margin.value < margin.high
+    assert margin.claimed
+    beyond = made(-0.5, other=-1.5, budget_margin=3.5)
+    assert not beyond.crossings[0].claimed
+    assert beyond.horizon_steps < 3
+
+
+def test_refusals_move_with_the_odds_of_the_openings() -> None:
+    outlook = made(-2.0, anchor=4.0, rate=share(5, 6))
+    assert float(outlook.refusal_rate.value[0]) < 5 / 6
+    assert float(outlook.refusal_rate.value[-1]) < 0.01
+    assert bool((outlook.refusal_rate.low >= 0).all() & (outlook.refusal_rate.high <= 1).all())
+    unknown = made(-2.0, rate=Measurement(None, None, None, 0, 6, "share", "no item could be scored"))
+    assert bool(unknown.refusal_rate.value.isnan().all())
+    assert_close(outlook.below_zero, torch.tensor([0.0, 0.5, 1.0, 1.0], dtype=torch.float64))
