@@ -1,4 +1,4 @@
-"""Draw the README's figure from the committed demo records, and print the README's lines.
+"""Draw the README's figure and write its lines from the committed demo records.
 
 Run: python benchmarks/figures.py
 """
@@ -17,6 +17,7 @@ from tiltmeter.report.svg import THEME
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "demo"
 FIGURE = ROOT / "docs" / "figures" / "demo.svg"
+README = ROOT / "README.md"
 SHOWN = "lora-gsm8k"
 QUANTITIES = ("margin", "safety_kl", "refusal_rate")
 WIDTH, HEIGHT = 350, 262
@@ -25,7 +26,8 @@ WIDTH, HEIGHT = 350, 262
 def records() -> dict[str, dict]:
     """Committed demo records by name, in the order of the demo."""
     order = [f"{regime}-{name}" for regime in ("lora", "full") for name in ("gsm8k", "stdlib-code", "identity")]
-    return {name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in order}
+    kept = [name for name in order if (RESULTS / f"{name}.json").exists()]
+    return {name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in kept}
 
 
 def standalone(record: dict) -> str:
@@ -48,13 +50,20 @@ def standalone(record: dict) -> str:
     )
 
 
+def with_lines(readme: str, lines: str) -> str:
+    """The README with these lines in their place."""
+    block = f"<!-- demo lines -->\n```text\n{lines}\n```\n<!-- end of demo lines -->"
+    return re.sub(r"<!-- demo lines -->.*?<!-- end of demo lines -->", lambda _: block, readme, flags=re.S)
+
+
 def main() -> None:
-    """Write the figure and print the lines."""
+    """Write the figure and the README's lines."""
     found = records()
     FIGURE.parent.mkdir(parents=True, exist_ok=True)
     FIGURE.write_text(standalone(found[SHOWN]), encoding="utf-8")
-    for record in found.values():
-        print(line(record))
+    lines = "\n".join(line(record) for record in found.values())
+    print(lines)
+    README.write_text(with_lines(README.read_text(encoding="utf-8"), lines), encoding="utf-8")
 
 
 if __name__ == "__main__":

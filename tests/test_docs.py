@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 import subprocess
@@ -47,6 +48,18 @@ def test_relative_links_of_the_documents_lead_somewhere():
         for target in re.findall(r"\]\(([^)#\s]+)", page.read_text(encoding="utf-8")):
             if "://" not in target and not target.startswith("mailto:"):
                 assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_demo_lines_of_the_readme_are_those_of_the_committed_records():
+    from tiltmeter.jobs.demo import line
+
+    shown = re.search(r"<!-- demo lines -->\n```text\n(.*?)\n```", README, re.S)
+    order = ["lora-gsm8k", "lora-stdlib-code", "lora-identity", "full-gsm8k", "full-stdlib-code", "full-identity"]
+    paths = [ROOT / "benchmarks" / "results" / "demo" / f"{name}.json" for name in order]
+    records = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+    assert records
+    assert shown
+    assert shown[1].splitlines() == [line(record) for record in records]
 
 
 def test_skips_are_accounted_for():
