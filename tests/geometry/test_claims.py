@@ -100,6 +100,21 @@ def test_what_the_law_leaves_out_is_the_third_moment(slope):
     assert_close(missing, coin.cubic * t**3, rtol=2e-3, atol=0)
 
 
+@pytest.mark.parametrize("scale", SCALES)
+def test_noisy_coupling_is_a_product_of_two_estimates_that_share_no_batch(scale):
+    """By dense algebra on four batches that differ in gradient and Hessian."""
+    quiet, model = random_system(7)
+    noise = scale * rotation(6, 1)[:4]
+    turned = scale * torch.stack([rotation(6, k) + rotation(6, k).T for k in range(4)])
+    coupling = measured(Quadratic(quiet.slope, quiet.hessian, noise, turned).objective, model.safety)[2]
+    g, h = quiet.slope + noise, quiet.hessian + turned
+    first, second = (h[0] @ g[1] + h[1] @ g[0]) / 2, (h[2] @ g[3] + h[3] @ g[2]) / 2
+    fisher = model.fisher(torch.zeros(6, dtype=DOUBLE))
+    assert_close(coupling.coupling, torch.einsum("i,mij,j->m", first, fisher, second))
+    pairs = [g[i] @ fisher @ g[j] for i in range(4) for j in range(4) if i != j]
+    assert_close(coupling.overlap, torch.stack(pairs).mean(0))
+
+
 def test_products_of_different_groups_by_hand():
     forms = torch.tensor([[[4.0, 1.0, 2.0], [1.0, 9.0, 3.0], [2.0, 3.0, 25.0]]])
     assert_close(between_groups(forms), torch.tensor([2.0]))
