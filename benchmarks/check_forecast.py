@@ -60,7 +60,7 @@ def train(subject: Subject, record: dict[str, Any], regime: str) -> dict[str, li
         if step in record["forecast"]["steps"]:
             measured["margin"].append(float(-subject.negative_margin.losses().mean()))
             measured["safety_kl"].append(float(subject.divergence.losses().mean()))
-            measured["task_loss"].append(float(loss))
+            measured["task_loss"].append(float(loss.detach()))
     return measured
 
 
