@@ -16,7 +16,9 @@ from tiltmeter.jobs.subject import Options
 from tiltmeter.lm.measurement import Measurement, share
 
 STEPS = (1, 2, 4, 8)
-TIMES = torch.tensor(STEPS, dtype=torch.float64) / 1000
+#: Of a rate that falls to zero, so that flow time is no multiple of steps.
+COVERED = torch.linspace(1, 0, 9, dtype=torch.float64).cumsum(0).sub(1).mul(1e-3)
+TIMES = COVERED[list(STEPS)]
 PROMPTS = 6
 
 
@@ -40,10 +42,9 @@ def made(
     def path(s: float) -> PathValues:
         return PathValues(STEPS, kl, start + s * steps * (1 + wobble))
 
-    covered = torch.linspace(0, 8, 9, dtype=torch.float64) / 1000
     found = SimpleNamespace(
         values={"curved": path(slope), "linear": path(slope if other is None else other)},
-        covered=covered, margin_reach=reach, speed_reach=0.1,
+        covered=COVERED, margin_reach=reach, speed_reach=0.1,
     )  # fmt: skip
     safety = SimpleNamespace(refusal_rate=lambda: rate or share(6, 6))
     subject: Any = SimpleNamespace(anchor_margin=start, safety=safety)
