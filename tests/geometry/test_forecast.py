@@ -17,7 +17,6 @@ from tiltmeter.geometry.forecast import (
     combine,
     first_crossing,
     follow,
-    group_scatter,
     horizon,
     jackknife,
     local_exponent,
@@ -126,15 +125,7 @@ def test_intervals_of_one_are_unknown_and_of_equals_have_no_width() -> None:
     assert all(bool(end.isnan().all()) and end.shape == (3,) for end in mean_interval(torch.ones(3, 1), 0.9))
     assert_close(mean_interval(torch.ones(2, 5), 0.9)[0], double(1, 1))
     assert_close(mean_interval(torch.ones(2, 5), 0.9)[1], double(1, 1))
-    assert math.isnan(group_scatter(torch.ones(1), 0.9))
     assert all(math.isnan(end) for end in jackknife(torch.ones(2, 2), 0.9))
-
-
-@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e2])
-def test_group_scatter_is_students_interval(scale: float) -> None:
-    x = scale * normal(1, 6)
-    low, high = stats.t.interval(0.9, 5, loc=0, scale=stats.sem(x.numpy()))
-    assert_close(group_scatter(x, 0.9), float(high - low) / 2)
 
 
 @pytest.mark.parametrize("scale", [1e-2, 1.0, 1e2])

@@ -31,6 +31,7 @@ def made(
     scatter: float = 0.01,
     power: float = 2.0,
     rate: Measurement | None = None,
+    stretch: float = 1.0,
     **budgets: Any,
 ) -> Outlook:
     """Margins that change by `slope` per step (by `other` on the straight path) and a KL = flow time^power."""
@@ -42,9 +43,14 @@ def made(
     def path(s: float) -> PathValues:
         return PathValues(STEPS, kl, start + s * steps * (1 + wobble))
 
+    noise = SimpleNamespace(
+        margin_reach=lambda level: COVERED * reach,
+        relative_reach=lambda level: torch.full_like(COVERED, 0.2),
+        energy_factor=lambda: torch.full_like(COVERED, stretch),
+    )
     found = SimpleNamespace(
         values={"curved": path(slope), "linear": path(slope if other is None else other)},
-        covered=COVERED, margin_reach=reach, speed_reach=0.1,
+        covered=COVERED, noise=noise,
     )  # fmt: skip
     safety = SimpleNamespace(refusal_rate=lambda: rate or share(6, 6))
     subject: Any = SimpleNamespace(anchor_margin=start, safety=safety)

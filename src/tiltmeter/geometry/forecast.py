@@ -93,14 +93,6 @@ def mean_interval(samples: Tensor, level: float) -> tuple[Tensor, Tensor]:
     return centre - width * deviation(quantile), centre - width * deviation(-quantile)
 
 
-def group_scatter(values: Tensor, level: float) -> float:
-    """Half-width of an interval for the mean of J group values [J], Student's t; NaN for one group."""
-    j = values.numel()
-    if j < 2:
-        return math.nan
-    return float(stats.t.ppf((1 + level) / 2, j - 1) * values.double().std() / math.sqrt(j))
-
-
 def jackknife(forms: Tensor, level: float) -> tuple[float, float]:
     """Interval of sqrt(mean_{i != j} v_i' F v_j) over batches, by leaving out one group at a time: low, high.
 
@@ -157,7 +149,7 @@ def combine(per_prompt: Tensor, level: float, batch_reach: Tensor, gap: Tensor) 
     Args:
         per_prompt: [s, m].
         level: of the interval.
-        batch_reach: [s], half-width that comes from the finite tuning sample.
+        batch_reach: [s], half-width that comes from the tuning rows (`noise.RowNoise`).
         gap: [s], signed difference other path - this path; the interval is stretched to that side.
     """
     value = per_prompt.mean(-1)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tiltmeter.errors import NumericalError
 from tiltmeter.geometry.clock import Clock
-from tiltmeter.geometry.forecast import PathValues, follow, group_scatter, jackknife
+from tiltmeter.geometry.forecast import PathValues, follow
 from tiltmeter.geometry.metric import Adam, Sgd
 from tiltmeter.geometry.motion import (
     Coupling,
@@ -20,6 +20,7 @@ from tiltmeter.geometry.motion import (
     measure_krylov,
     measure_slope,
 )
+from tiltmeter.geometry.noise import RowNoise, row_noise
 from tiltmeter.geometry.path import CurvedPath, KrylovPath, LinearPath, Path, pieces
 from tiltmeter.geometry.space import dot, norm
 from tiltmeter.jobs.recipe import Recipe
@@ -48,8 +49,7 @@ class Findings:
         values: path name -> quantities at `steps`.
         random_walk: KL [m] and margin [m] after a random displacement as long as the forecast's.
         length: norm of the forecast displacement at the end.
-        margin_reach: half-width of the margin per flow time from the tuning sample, nats; NaN if unknown.
-        speed_reach: relative half-width of the safety speed from the tuning sample; NaN if unknown.
+        noise: what the finite tuning sample and the luck of one run's batches do to margin and KL.
         layer_slopes: layer -> change of the mean margin per flow time, nats.
     """
 
@@ -66,8 +66,7 @@ class Findings:
     values: dict[str, PathValues]
     random_walk: tuple[Tensor, Tensor]
     length: float
-    margin_reach: float
-    speed_reach: float
+    noise: RowNoise
     layer_slopes: dict[str, float]
 
 
@@ -128,7 +127,7 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
     values = {name: follow(path, grid, divergence, subject.negative_margin) for name, path in paths.items()}
     end = paths["curved"].displacement(clock.steps)
     covered = metric.flow_time(clock)
-    length = norm(end)
+    length, sample = norm(end), len(tuning.encoded.examples)
     layer_slopes = _layer_slopes(subject, end, float(covered[-1]))
     del end
     walk = _random(slope.mean, length, options.seed)
@@ -146,8 +145,16 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
         values,
         (divergence.losses(walk), -subject.negative_margin.losses(walk)),
         length,
-        group_scatter(slopes, options.level),
-        _relative(forms, options.level),
+        row_noise(
+            slopes,
+            forms,
+            sample / len(slopes),
+            clock,
+            covered,
+            recipe.batch_size,
+            sample,
+            len(tuning.rows.rows),
+        ),
         layer_slopes,
     )
 
@@ -179,13 +186,6 @@ def _along(
     slopes = [dot(subject.margin_gradient, v) for v in directions]
     forms = overlap if isinstance(metric, Sgd) else subject.divergence.fisher_form(directions)
     return torch.tensor(slopes, dtype=torch.float64), forms.mean(0)
-
-
-def _relative(forms: Tensor, level: float) -> float:
-    """Half-width of sqrt(form) over batches, as a share of it."""
-    low, high = jackknife(forms, level)
-    # the path follows the plain mean direction, so its own square is the scale; it is never negative
-    return (high - low) / 2 / math.sqrt(float(forms.mean())) if float(forms.mean()) > 0 else math.nan
 
 
 def _decayed(subject: Subject, recipe: Recipe) -> Tensor | None:

@@ -87,12 +87,16 @@ def look_out(subject: Subject, found: Findings, options: Options) -> Outlook:
         if last == main.steps[-1]
         else "beyond it the straight and the curved path predict different changes"
     )
-    covered = found.covered[list(main.steps)]
-    kl_reach = main.safety_kl.mean(-1) * 2 * found.speed_reach
-    kl = combine(main.safety_kl, options.level, kl_reach, straight.safety_kl.mean(-1) - main.safety_kl.mean(-1))
+    at = list(main.steps)
+    covered = found.covered[at]
+    # one run's noise lengthens its path and the sample's noise has lengthened the predicted one: KL is convex
+    factor = found.noise.energy_factor()[at, None]
+    bent, unbent = main.safety_kl * factor, straight.safety_kl * factor
+    kl_reach = bent.mean(-1) * found.noise.relative_reach(options.level)[at]
+    kl = combine(bent, options.level, kl_reach, unbent.mean(-1) - bent.mean(-1))
     kl = Curve(kl.value, kl.low.clamp_min(0), kl.high)
     gap = straight_change.mean(-1) - change.mean(-1)
-    margin_reach = covered * found.margin_reach
+    margin_reach = found.noise.margin_reach(options.level)[at]
     margin = combine(main.margin, options.level, margin_reach, gap)
     margin_change = combine(change, options.level, margin_reach, gap)
     rate = _refusal_rate(subject, main.margin, straight.margin, margin_reach, options)

@@ -284,6 +284,11 @@ def _forecast(subject: Subject, found: Findings, outlook: Outlook, why: Reasons)
             "method": "anchor's judged rate plus the change of the two openings' odds; a proxy",
         },
         "below_zero": outlook.below_zero.tolist(),
+        "noise": {
+            "kl_factor": found.noise.energy_factor()[list(outlook.steps)].tolist(),
+            "margin_per_row": why.number("forecast.noise.margin_per_row", found.noise.margin, few),
+            "unit": "factor; nats per flow time",
+        },
         "paths": {
             name: {"safety_kl": v.safety_kl.mean(-1).tolist(), "margin": v.margin.mean(-1).tolist()}
             for name, v in found.values.items()

@@ -1,0 +1,113 @@
+"""Chance in a forecast: exact variances by listing every order of the rows, coverage and bias by simulated runs."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import Tensor
+from torch.testing import assert_close
+
+from tiltmeter.geometry.clock import Clock
+from tiltmeter.geometry.noise import draw_variance, row_noise
+
+
+def variances(rates: list[float], batch: int, values: Tensor) -> list[float]:
+    """Variance of the run's sum after every step of one epoch, over all orders of the rows."""
+    sums = []
+    for order in itertools.permutations(values.tolist()):
+        means = [sum(order[start : start + batch]) / batch for start in range(0, len(order), batch)]
+        sums.append([sum(r * x for r, x in zip(rates[:k], means, strict=False)) for k in range(len(rates) + 1)])
+    return torch.tensor(sums, dtype=torch.float64).var(0, correction=0).tolist()
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e2])
+@pytest.mark.parametrize("batch", [1, 2, 3])
+def test_one_epoch_by_listing_every_order(batch: int, scale: float) -> None:
+    values = torch.tensor([0.3, -1.2, 2.0, 0.7, -0.4, 1.9], dtype=torch.float64)
+    rates = [scale * r for r in (0.5, 1.0, 0.8, 0.6, 0.4, 0.2)[: 6 // batch]]
+    clock = Clock(torch.tensor(rates, dtype=torch.float64))
+    row = float(values.var(correction=0))
+    expected = [v / row for v in variances(rates, batch, values)]
+    assert_close(draw_variance(clock, batch, 6), torch.tensor(expected, dtype=torch.float64))
+
+
+def test_epochs_add_up_and_a_whole_one_at_a_constant_rate_leaves_nothing() -> None:
+    clock = Clock.constant(0.1, 7)
+    found = draw_variance(clock, 2, 6)
+    assert_close(found[[3, 6]], torch.zeros(2, dtype=torch.float64), atol=1e-18, rtol=0)
+    assert_close(found[4:6], found[1:3])
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_an_endless_stream_and_a_very_large_set_agree(batch: int) -> None:
+    clock = Clock(torch.linspace(1e-3, 1e-4, 20, dtype=torch.float64))
+    endless = draw_variance(clock, batch, None)
+    assert_close(endless, clock.rates.square().sum() / batch * endless / endless[-1])
+    assert_close(draw_variance(clock, batch, 10**9), endless, rtol=1e-5, atol=0)
+    assert_close(float(endless[1]), 1e-6 / batch)
+
+
+def test_a_batch_as_large_as_the_set_has_no_luck() -> None:
+    assert draw_variance(Clock.constant(1.0, 5), 10, 10).abs().max() < 1e-12
+
+
+@pytest.mark.parametrize("rows", [24, None])
+@pytest.mark.parametrize(("rate", "size", "noise_share"), [(1e-2, 1.0, 0.5), (1.0, 10.0, 1.5)])
+def test_intervals_hold_the_runs_and_the_kl_is_unbiased(
+    rows: int | None, rate: float, size: float, noise_share: float
+) -> None:
+    """Rows are Gaussian gradients, margin and KL are their exact linear and quadratic forms; runs are simulated."""
+    generator = torch.Generator().manual_seed(1)
+    dimensions, sample, groups, batch, steps, trials = 12, 12, 4, 3, 5, 1500
+    fisher = torch.linspace(0.1, 2, dimensions, dtype=torch.float64)
+    margin = torch.linspace(-1, 1, dimensions, dtype=torch.float64)
+    clock = Clock.constant(rate, steps)
+    hits, kl_hits, predicted, measured = 0, 0, [], []
+    for _ in range(trials):
+        count = rows or 60
+        every = size * (1 + noise_share * torch.randn(count, dimensions, generator=generator, dtype=torch.float64))
+        known = every[:sample] if rows is None else every[torch.randperm(count, generator=generator)[:sample]]
+        if rows is None:  # a stream: the run's rows are new ones
+            drawn = size * (
+                1 + noise_share * torch.randn(steps * batch, dimensions, generator=generator, dtype=torch.float64)
+            )
+        else:
+            drawn = every[torch.randperm(count, generator=generator)[: steps * batch]]
+        run = rate * drawn.reshape(steps, batch, dimensions).mean(1).sum(0)
+        v = known.reshape(groups, -1, dimensions).mean(1)
+        noise = row_noise(v @ margin, (v * fisher) @ v.T, sample / groups, clock, clock.flow_time, batch, sample, rows)
+        path = rate * steps * known.mean(0)
+        hits += abs(float((run - path) @ margin)) <= float(noise.margin_reach(0.9)[-1])
+        whole = float(path @ (fisher * path)) / 2
+        kl = whole * float(noise.energy_factor()[-1])
+        true = float(run @ (fisher * run)) / 2
+        kl_hits += abs(true - kl) <= kl * float(noise.relative_reach(0.9)[-1])
+        predicted.append(kl)
+        measured.append(true)
+    assert 0.87 <= hits / trials <= 0.93
+    assert 0.87 <= kl_hits / trials <= 0.95
+    difference = torch.tensor(predicted) - torch.tensor(measured)
+    assert abs(float(difference.mean())) < 4 * float(difference.std()) / math.sqrt(trials)
+    assert abs(float(difference.mean())) < 0.05 * float(torch.tensor(measured).mean())
+
+
+def test_one_group_says_nothing_and_two_say_nothing_of_the_speed() -> None:
+    clock = Clock.constant(1.0, 3)
+    one = row_noise(torch.ones(1), torch.ones(1, 1), 4, clock, clock.flow_time, 2, 4, None)
+    assert math.isnan(one.margin_reach(0.9)[-1])
+    assert math.isnan(one.relative_reach(0.9)[-1])
+    assert_close(one.energy_factor(), torch.ones(4, dtype=torch.float64))
+    two = row_noise(torch.tensor([1.0, 3.0]), torch.eye(2), 4, clock, clock.flow_time, 2, 8, None)
+    assert float(two.margin_reach(0.9)[-1]) > 0
+    assert math.isnan(two.relative_reach(0.9)[-1])
+
+
+def test_momentum_multiplies_noise_as_it_multiplies_flow_time() -> None:
+    clock = Clock.constant(0.5, 4)
+    slopes, forms = torch.tensor([1.0, 2.0, 4.0]), torch.eye(3)
+    plain = row_noise(slopes, forms, 2, clock, clock.flow_time, 2, 6, None).margin_reach(0.9)
+    fast = row_noise(slopes, forms, 2, clock, 10 * clock.flow_time, 2, 6, None).margin_reach(0.9)
+    assert_close(fast, 10 * plain)
