@@ -15,7 +15,8 @@ from tiltmeter.errors import ModelError, OutOfMemory
 #: llama.cpp pre-tokenizers that part numbers into digits, which transformers' GGUF converter forgets.
 _SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
 
-_PICKLED = (
+#: What is said of weights that only pickle can open.
+PICKLED = (
     "{name} holds its weights only as pickle files (.bin), which run code when they are opened, and are not read. If "
     "you trust their source, convert them once: AutoModelForCausalLM.from_pretrained({name!r}, "
     "use_safetensors=False).save_pretrained('converted')"
@@ -62,7 +63,7 @@ def read_model(name: str, dtype: torch.dtype | None, trust_remote_code: bool) ->
         )
     except Exception as error:
         if isinstance(error, OSError) and "safetensors" in str(error) and not Path(name).is_dir():
-            raise ModelError(_PICKLED.format(name=name)) from error
+            raise ModelError(PICKLED.format(name=name)) from error
         raise cannot(f"the weights of {name}", error) from error
     _check_complete(name, found)
     return model
@@ -148,7 +149,7 @@ def _check_pickle(name: str) -> None:
     folder = Path(name)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         if any(folder.glob("*.bin")):
-            raise ModelError(_PICKLED.format(name=name))
+            raise ModelError(PICKLED.format(name=name))
         raise ModelError(f"{name} holds no weights; expected model.safetensors")
 
 
