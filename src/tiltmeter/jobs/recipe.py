@@ -27,7 +27,7 @@ OPTIMIZERS = {
 }
 
 #: Fields of TrainingArguments that bend the run and that no path knows; ignoring them would be a wrong forecast.
-NO_FORECAST = ("lr_scheduler_kwargs", "optim_args", "label_smoothing_factor", "neftune_noise_alpha")
+NO_FORECAST = ("optim_args", "label_smoothing_factor", "neftune_noise_alpha")
 
 
 @dataclass(frozen=True)
@@ -47,6 +47,7 @@ class Recipe:
         optimizer: "adamw" or "sgd".
         learning_rate: peak rate.
         schedule: name of a transformers schedule ("linear", "constant", "cosine", ...).
+        schedule_settings: further settings of the schedule by name, as transformers' lr_scheduler_kwargs.
         warmup_steps: steps of warm-up.
         steps: optimiser steps.
         batch_size: rows per optimiser step, over devices and accumulation.
@@ -74,6 +75,7 @@ class Recipe:
     max_length: int = 1024
     lora: Lora | None = None
     seed: int = 42
+    schedule_settings: tuple[tuple[str, Any], ...] = ()
 
     def __post_init__(self) -> None:
         if self.optimizer not in OPTIMIZERS:
@@ -113,7 +115,11 @@ class Recipe:
         rates = []
         try:
             scheduler = get_scheduler(
-                self.schedule, optimizer, num_warmup_steps=self.warmup_steps, num_training_steps=self.steps
+                self.schedule,
+                optimizer,
+                num_warmup_steps=self.warmup_steps,
+                num_training_steps=self.steps,
+                scheduler_specific_kwargs=dict(self.schedule_settings),
             )
             for _ in range(self.steps):
                 rates.append(float(optimizer.param_groups[0]["lr"]))
@@ -129,7 +135,8 @@ class Recipe:
         """Plain values for a record; adds `regime`."""
         out = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "lora"}
         lora = None if self.lora is None else {"r": self.lora.r, "alpha": self.lora.alpha, "targets": self.lora.targets}
-        return {**out, "betas": list(self.betas), "regime": "full" if lora is None else "lora", "lora": lora}
+        out |= {"betas": list(self.betas), "schedule_settings": dict(self.schedule_settings)}
+        return {**out, "regime": "full" if lora is None else "lora", "lora": lora}
 
 
 def read_recipe(path: str | Path, rows: int | None = None) -> Recipe:
@@ -142,6 +149,15 @@ def read_recipe(path: str | Path, rows: int | None = None) -> Recipe:
     Raises:
         RecipeError: the file is missing or malformed, a key is unknown, or epochs are given without `rows`.
     """
+    return recipe_of(read_arguments(path), rows)
+
+
+def read_arguments(path: str | Path) -> dict[str, Any]:
+    """The fields of a YAML file of TrainingArguments, as they stand there.
+
+    Raises:
+        RecipeError: the file is missing or malformed.
+    """
     file = Path(path)
     try:
         loaded = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -153,7 +169,7 @@ def read_recipe(path: str | Path, rows: int | None = None) -> Recipe:
         raise RecipeError(f"the recipe {file} is not valid YAML: {error}") from error
     if not isinstance(loaded, dict):
         raise RecipeError(f"the recipe {file} must be a mapping of TrainingArguments, got {type(loaded).__name__}")
-    return recipe_of(loaded, rows)
+    return loaded
 
 
 def recipe_of(given: Mapping[str, Any], rows: int | None = None) -> Recipe:
@@ -194,10 +210,19 @@ def recipe_of(given: Mapping[str, Any], rows: int | None = None) -> Recipe:
             momentum=float(given.get("momentum", 0.0)),
             max_length=int(given.get("max_length", 1024)),
             seed=int(args["seed"]),
+            schedule_settings=_settings(given.get("lr_scheduler_kwargs")),
         )
         return recipe if given.get("lora") is None else replace(recipe, lora=_lora(given["lora"]))
     except (TypeError, ValueError, OverflowError) as error:
         raise RecipeError(f"a value in the recipe is not a number: {error}") from error
+
+
+def _settings(given: Any) -> tuple[tuple[str, Any], ...]:
+    if not given:
+        return ()
+    if not isinstance(given, Mapping) or not all(isinstance(v, (str, int, float, bool)) for v in given.values()):
+        raise RecipeError(f"lr_scheduler_kwargs must map names of settings to numbers or words, got {given!r}")
+    return tuple(sorted((str(key), value) for key, value in given.items()))
 
 
 def _steps(args: Mapping[str, Any], rows: int | None) -> int:

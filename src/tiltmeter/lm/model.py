@@ -79,6 +79,14 @@ def load(
     return Loaded(model.eval(), tokenizer, full_name, digest_of(model), _context(model, tokenizer))
 
 
+def wrap(model: Any, tokenizer: Any) -> Loaded:
+    """A model that somebody else loaded, as it stands; its tokenizer gets a padding token if it has none."""
+    _ensure_padding(tokenizer, model)
+    return Loaded(
+        model, tokenizer, str(model.config.name_or_path or "model"), digest_of(model), _context(model, tokenizer)
+    )
+
+
 def second_order() -> AbstractContextManager[None]:
     """The attention kernel for second derivatives and forward mode: the fused ones have neither.
 

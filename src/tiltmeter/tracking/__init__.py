@@ -1,0 +1,1 @@
+"""Watching a fine-tune while it runs: measured rows, alarm, path of the weights."""

@@ -1,0 +1,312 @@
+"""The tracker: measures a model against the aligned one it began as, row by row, in its own folder.
+
+It needs no trainer: call `after_step` once per optimiser step. `callback.TrackerCallback` does so for transformers.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from tiltmeter import store
+from tiltmeter.errors import InputError, OutputExists
+from tiltmeter.geometry.sensitivity import Sensitivity
+from tiltmeter.lm.forward import Forward
+from tiltmeter.lm.generation import generate
+from tiltmeter.lm.judge import judge_refusal
+from tiltmeter.lm.measurement import Measurement
+from tiltmeter.lm.model import trainable, undisturbed, wrap
+from tiltmeter.lm.objective import negative_margin_objective
+from tiltmeter.lm.rows import digest_of, read_rows
+from tiltmeter.lm.safety import refusal_rate
+from tiltmeter.tracking.alarm import DEFAULT_BUDGETS, Breach, Budgets, check_budgets, find_breach
+from tiltmeter.tracking.anchor import Anchor, TrackerOptions, measure_anchor, measure_subspace, usable_prompts
+from tiltmeter.tracking.anchor_store import FOLDER, read_anchor, write_anchor
+from tiltmeter.tracking.drift import Drift, measure_drift, subspace, subspace_overlap
+from tiltmeter.tracking.rows import Row, RowFile
+from tiltmeter.tracking.schedule import UNKNOWN, Schedule, interval
+
+ROWS, RATES, TIMES, SETTINGS, SKETCHES = "rows.jsonl", "rates.jsonl", "times.jsonl", "settings.json", "sketches"
+
+#: What a sketch of all parameters costs, in tokens of a forward pass.
+SKETCH_TOKENS = 300
+
+logger = logging.getLogger("tiltmeter")
+
+
+class Tracker:
+    """Measures safety KL, margin, drift and task loss of a model in training, and raises the alarm.
+
+    The model must be the aligned one, with the parameters to be trained marked by `requires_grad`, when the tracker is
+    made. Everything goes to `folder`: the anchor, `rows.jsonl`, learning rates, times, sketches of the weights. A
+    measurement leaves no trace in the model, its gradients, or the random state.
+
+    Attributes:
+        folder: of the run's measurements.
+        anchor: what is measured against.
+        rows: measured rows; row 0 is the anchor.
+        budgets: limits of the alarm.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        safety: str | Path | Sequence[Mapping[str, Any]],
+        folder: str | Path,
+        *,
+        options: TrackerOptions | None = None,
+        budgets: Budgets = DEFAULT_BUDGETS,
+        about: Mapping[str, Any] | None = None,
+        resume: bool = False,
+    ) -> None:
+        """Measure the anchor, or read back that of a run to be resumed.
+
+        Args:
+            model: a causal language model of transformers or PEFT.
+            tokenizer: its tokenizer.
+            safety: safety prompts, as rows, or a file or hub id of such.
+            folder: for the measurements; must be new unless `resume`.
+            options: how much to measure.
+            budgets: limits; by default a fall of the mean margin by 1 nat.
+            about: JSON values that say what the run is; a resumed run must have the same.
+            resume: go on in a folder that is there already; then call `resume(step)` before the next step.
+
+        Raises:
+            OutputExists: the folder holds a run and `resume` was not given.
+            InputError: the folder belongs to another run, or the aligned model does not keep the budgets.
+            DataError: the safety rows, or what the folder holds, cannot be used.
+        """
+        self.folder = Path(folder)
+        self.options, self.budgets = options or TrackerOptions(), budgets
+        self.loaded = wrap(model, tokenizer)
+        safety_rows = list(read_rows(safety).rows if isinstance(safety, (str, Path)) else safety)
+        self.forward = Forward(model, trainable(model))
+        if self.forward.space.size == 0:
+            raise InputError("the model has no trainable parameters; mark those to be trained with requires_grad first")
+        self._prompts = usable_prompts(self.loaded, safety_rows, self.options)
+        told = {"space": self.forward.space.digest, "safety": digest_of(safety_rows), **(about or {})}
+        begin = time.perf_counter()
+        self.anchor = self._open_anchor(safety_rows, told, resume)
+        pad = self.loaded.tokenizer.pad_token_id
+        self._divergence = self.anchor.divergence(self.forward, pad, self.options.max_tokens)
+        safety_set = self.anchor.safety
+        self._margin = negative_margin_objective(
+            self.forward, safety_set.refusals, safety_set.compliances, pad, self.options.max_tokens
+        )
+        self._sensitivity: Sensitivity | None = subspace(self.anchor, self.forward, pad, self.options)
+        self._rows = RowFile(self.folder / ROWS)
+        self._rates = RowFile(self.folder / RATES, durable=False)
+        self._times = RowFile(self.folder / TIMES, durable=False)
+        self._checkpoints: dict[int, Path] = {}
+        self._told: int | None = None
+        self.schedule = self._open_schedule()
+        if not self.rows:
+            self.measure(0)
+        self.anchor_seconds = time.perf_counter() - begin
+        check_budgets(self.budgets, self.rows[0])
+        self._last = time.perf_counter()
+
+    @property
+    def rows(self) -> list[Row]:
+        """Measured rows."""
+        return self._rows.rows
+
+    @property
+    def breach(self) -> Breach | None:
+        """The first row over budget, with the last checkpoint inside; None while there is none."""
+        there = {step: path for step, path in self._checkpoints.items() if path.exists()}
+        return find_breach(self.rows, self.budgets, there)
+
+    def after_step(
+        self, step: int, learning_rate: float, *, task_loss: float | None = None, tokens: int | None = None
+    ) -> Row | None:
+        """Tell the tracker of an optimiser step; it measures when it is due.
+
+        Args:
+            step: 1 for the first.
+            learning_rate: the one that this step was taken with.
+            task_loss: of the batch this step was taken on, before the step, nats per token.
+            tokens: of that batch; the first step's decide the interval where none was given.
+
+        Returns: the row, if one was measured.
+        """
+        self.observe(step, learning_rate, tokens)
+        return self.measure(step, task_loss=task_loss) if self.schedule.due(step) else None
+
+    def observe(self, step: int, learning_rate: float, tokens: int | None = None) -> None:
+        """Take note of a step without measuring."""
+        self._rates.add({"step": step, "rate": float(learning_rate)})
+        if step == 1 and tokens:
+            self._settle(tokens)
+
+    def measure(self, step: int, *, task_loss: float | None = None, final: bool = False) -> Row:
+        """Measure now and append a row.
+
+        Args:
+            step: optimiser steps taken so far.
+            task_loss: see `after_step`.
+            final: whether the run ends here; quantities left out for their cost are then measured.
+
+        Cost: a forward pass over answers and openings, one read of the weights; see `drift` for large spaces.
+        """
+        begin = time.perf_counter()
+        training = begin - self._last if self.rows else 0.0
+        model = self.forward.model
+        with undisturbed(model):
+            kl, margin = self._divergence.losses(), -self._margin.losses()
+            dear = final or (step & (step - 1)) == 0
+            drift = measure_drift(self.anchor, self.forward, self._sensitivity, self.options, dear=dear)
+            overlap, no_overlap = self._turned(step)
+            rate = self._refusals(step)
+        row = self._row(step, kl, margin, drift, overlap, no_overlap, rate, task_loss)
+        if drift.sketch is not None:
+            self._save_sketch(step, drift.sketch)
+        self._rows.add(row)
+        self._times.add({"step": step, "measuring": time.perf_counter() - begin, "training": training})
+        self._warn()
+        self._last = time.perf_counter()
+        return self.rows[-1]
+
+    def resume(self, step: int) -> None:
+        """Go on from a checkpoint: rows after it are dropped, since the run will come by them again."""
+        for file in (self._rows, self._rates, self._times):
+            file.resume(step)
+        for path in (self.folder / SKETCHES).glob("*.safetensors"):
+            if int(path.stem) > step:
+                path.unlink()
+        self._checkpoints = {at: path for at, path in self._checkpoints.items() if at <= step}
+        self._told = None
+        self._warn()
+        self._last = time.perf_counter()
+
+    def checkpoint(self, step: int, path: str | Path) -> None:
+        """Take note of a saved checkpoint, so that the alarm can name it."""
+        self._checkpoints[step] = Path(path)
+
+    def overhead(self) -> dict[str, float | None]:
+        """Seconds spent measuring and training so far, and the shares of it; None before anything was measured.
+
+        `share` is over the whole run so far, the dense start included; `share_at_interval` is what measuring costs
+        from `every` steps on: a median measurement against `every` mean steps.
+        """
+        done = [row for row in self._times.rows if row["step"] > 0]
+        measuring, training = sum(row["measuring"] for row in done), sum(row["training"] for row in done)
+        steps = done[-1]["step"] if done else 0
+        out: dict[str, float | None] = {"measuring_seconds": measuring, "training_seconds": training}
+        out["share"] = measuring / training if training > 0 else None
+        middle = sorted(row["measuring"] for row in done)[len(done) // 2] if done else 0.0
+        out["share_at_interval"] = middle / (self.schedule.every * training / steps) if training > 0 else None
+        return out
+
+    def _open_anchor(self, rows: list[Any], about: Mapping[str, Any], resume: bool) -> Anchor:
+        there = (self.folder / FOLDER).exists()
+        if there and not resume:
+            raise OutputExists(f"{self.folder} holds a run already. Resume it, or give another folder.")
+        if there:
+            return read_anchor(self.folder, self.options, about, self.forward.parameters)
+        with undisturbed(self.forward.model):
+            anchor = measure_anchor(self.loaded, rows, self.options)
+        write_anchor(self.folder, anchor, self.options, about)
+        return anchor
+
+    def _open_schedule(self) -> Schedule:
+        settings, also = self.folder / SETTINGS, frozenset(self.options.also)
+        if self.options.every is not None:
+            return Schedule(self.options.every, also)
+        if settings.exists():
+            return Schedule(int(json.loads(settings.read_text(encoding="utf-8"))["every"]), also)
+        return Schedule(UNKNOWN, also)
+
+    def _settle(self, tokens: int) -> None:
+        """Choose the interval from what a step and a measurement cost, once; a resumed run reads it back."""
+        if self.options.every is not None or (self.folder / SETTINGS).exists():
+            return
+        whole = sum(p.numel() for p in self.forward.model.parameters())
+        share = self.forward.space.size / whole
+        work = self._divergence.work + self._margin.work + SKETCH_TOKENS * share
+        self.schedule = Schedule(interval(work, tokens, frozen=share < 0.5), frozenset(self.options.also))
+        store.write_text(self.folder / SETTINGS, json.dumps({"every": self.schedule.every}))
+
+    def _turned(self, step: int) -> tuple[float | None, str]:
+        every = self.options.refresh_every
+        if not every or step == 0 or len(self.rows) % every:
+            return None, "the subspace was not refreshed at this step"
+        if not self.anchor.columns:
+            return None, self.anchor.no_subspace or "the directions of so large a space are not kept"
+        pad = self.loaded.tokenizer.pad_token_id
+        _, _, now, reason = measure_subspace(self.forward, self.anchor.safety.responses, pad, self.options)
+        return (subspace_overlap(self.anchor.columns, tuple(now)), "") if now else (None, reason or "no subspace")
+
+    def _refusals(self, step: int) -> Measurement | None:
+        every = self.options.refusal_every
+        if step == 0 and self.anchor.safety.source.startswith("generated"):
+            return self.anchor.safety.refusal_rate()
+        if not every or len(self.rows) % every:
+            return None
+        answers = generate(self.loaded, self._prompts, self.options.response_tokens)
+        return refusal_rate([judge_refusal(answer) for answer in answers])
+
+    def _row(
+        self,
+        step: int,
+        kl: torch.Tensor,
+        margin: torch.Tensor,
+        drift: Drift,
+        overlap: float | None,
+        no_overlap: str,
+        refusals: Measurement | None,
+        task_loss: float | None,
+    ) -> Row:
+        rates = self._rates.rows
+        flow = math.fsum(row["rate"] for row in rates) if len(rates) == step else None
+        no_loss = "no step was taken yet" if step == 0 else "the training loop did not tell it"
+        task = None if task_loss is None or not math.isfinite(task_loss) else float(task_loss)
+        no_rate = "not measured at this step, since generation is dear"
+        if refusals is not None and refusals.value is None:
+            no_rate = str(refusals.reason)
+        ends = None
+        if refusals is not None and refusals.low is not None and refusals.high is not None:
+            ends = [refusals.low, refusals.high]
+        no_drift = drift.reason or ""
+        values = {
+            "flow_time": (flow, f"the learning rates of {step - len(rates)} steps were not seen"),
+            "safety_kl": (float(kl.mean()), ""),
+            "margin": (float(margin.mean()), ""),
+            "refusal_rate": (None if refusals is None else refusals.value, no_rate),
+            "refusal_interval": (ends, no_rate),
+            "drift_energy": (drift.energy, no_drift),
+            "drift_outside": (drift.outside, no_drift),
+            "drift_coordinates": (None if drift.coordinates is None else drift.coordinates.tolist(), no_drift),
+            "subspace_overlap": (overlap, no_overlap),
+            "weight_change": (drift.weight_change, no_drift),
+            "task_loss": (task, no_loss),
+        }
+        reasons = {name: reason for name, (value, reason) in values.items() if value is None}
+        row = {"step": step, **{name: value for name, (value, _) in values.items()}}
+        return {**row, "per_prompt": {"safety_kl": kl.tolist(), "margin": margin.tolist()}, "reasons": reasons}
+
+    def _save_sketch(self, step: int, sketch: torch.Tensor) -> None:
+        folder = self.folder / SKETCHES
+        folder.mkdir(exist_ok=True)
+        part = folder / f".{_name(step)}.part"
+        save_file({"sketch": sketch}, part)
+        part.replace(folder / _name(step))
+
+    def _warn(self) -> None:
+        breach = self.breach
+        if breach is not None and breach.step != self._told:
+            self._told = breach.step
+            logger.warning("%s", breach.text)
+
+
+def _name(step: int) -> str:
+    return f"{step:09d}.safetensors"
