@@ -20,7 +20,20 @@ ALLOWED = {
     "jobs": {"predictors", "guards", "tracking", "lm", "store", "demo", "geometry", "errors"},
     "report": {"store", "errors"},
     "commands": {"report", "jobs", "predictors", "guards", "tracking", "lm", "store", "demo", "geometry", "errors"},
-    "cli": {"commands", "errors"},
+    "commands_finetune": {
+        "commands",
+        "report",
+        "jobs",
+        "predictors",
+        "guards",
+        "tracking",
+        "lm",
+        "store",
+        "demo",
+        "geometry",
+        "errors",
+    },
+    "cli": {"commands", "commands_finetune", "errors"},
 }
 
 #: Packages that exactly one file, or one folder, may import.

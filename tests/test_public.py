@@ -19,6 +19,7 @@ def test_public_names_are_these():
     assert set(tiltmeter.__all__) == {
         "Adam",
         "Assessment",
+        "Budgets",
         "Clock",
         "FunctionObjective",
         "InputError",
@@ -32,7 +33,12 @@ def test_public_names_are_these():
         "Sgd",
         "TheoryCheck",
         "TiltmeterError",
+        "Track",
+        "Tracker",
+        "TrackerCallback",
+        "TrackerOptions",
         "assess",
+        "finetune",
         "read_recipe",
         "run_theory",
     }

@@ -18,15 +18,22 @@ if TYPE_CHECKING:
     from tiltmeter.geometry.sensitivity import Sensitivity
     from tiltmeter.geometry.space import ParameterSpace
     from tiltmeter.jobs.assess import Assessment, assess
+    from tiltmeter.jobs.finetune import finetune
     from tiltmeter.jobs.recipe import Lora, Recipe, read_recipe
     from tiltmeter.jobs.subject import Options
     from tiltmeter.jobs.theory import TheoryCheck, run_theory
+    from tiltmeter.jobs.track import Track
     from tiltmeter.lm.measurement import Measurement
+    from tiltmeter.tracking.alarm import Budgets
+    from tiltmeter.tracking.anchor import TrackerOptions
+    from tiltmeter.tracking.callback import TrackerCallback
+    from tiltmeter.tracking.tracker import Tracker
 
 #: Public name -> the module that defines it.
 _HOMES = {
     "Adam": "geometry.metric",
     "Assessment": "jobs.assess",
+    "Budgets": "tracking.alarm",
     "Clock": "geometry.clock",
     "FunctionObjective": "geometry.objective",
     "InputError": "errors",
@@ -40,7 +47,12 @@ _HOMES = {
     "Sgd": "geometry.metric",
     "TheoryCheck": "jobs.theory",
     "TiltmeterError": "errors",
+    "Track": "jobs.track",
+    "Tracker": "tracking.tracker",
+    "TrackerCallback": "tracking.callback",
+    "TrackerOptions": "tracking.anchor",
     "assess": "jobs.assess",
+    "finetune": "jobs.finetune",
     "read_recipe": "jobs.recipe",
     "run_theory": "jobs.theory",
 }
@@ -48,6 +60,7 @@ _HOMES = {
 __all__ = [
     "Adam",
     "Assessment",
+    "Budgets",
     "Clock",
     "FunctionObjective",
     "InputError",
@@ -61,7 +74,12 @@ __all__ = [
     "Sgd",
     "TheoryCheck",
     "TiltmeterError",
+    "Track",
+    "Tracker",
+    "TrackerCallback",
+    "TrackerOptions",
     "assess",
+    "finetune",
     "read_recipe",
     "run_theory",
 ]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -138,6 +138,101 @@ def assess(
             err.print(f"record and page: {folder / 'index.html'}", markup=False)
     if result.over_budget:
         raise typer.Exit(OVER_BUDGET)
+
+
+@app.command()
+def finetune(
+    model: Annotated[str, typer.Argument(help="Aligned model: hub id, folder, .gguf, adapter folder or demo:NAME.")],
+    safety: Annotated[str, typer.Option(help="Safety prompts: file, hub id or demo:NAME.")],
+    tuning: Annotated[str, typer.Option(help="Tuning data: file, hub id or demo:NAME.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the run.")] = Path("finetune-output"),
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML of TrainingArguments, with an optional section lora.")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps; three epochs by default.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows per optimiser step.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw or sgd.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="Learning-rate schedule, as transformers names it.")] = None,
+    momentum: Annotated[float | None, typer.Option(help="Momentum of SGD.")] = None,
+    lora_r: Annotated[int | None, typer.Option(help="LoRA rank; full fine-tuning without it.")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="LoRA alpha; twice the rank by default.")] = None,
+    lora_target: Annotated[list[str] | None, typer.Option(help="LoRA target modules; repeat the option.")] = None,
+    trainer: Annotated[str, typer.Option(help="transformers or trl.")] = "transformers",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last whole checkpoint.")] = False,
+    assessment: Annotated[Path | None, typer.Option(help="Assessment of this run, to lay beside it.")] = None,
+    max_safety: Annotated[int | None, typer.Option(help="Most safety prompts to measure.")] = None,
+    response_tokens: Annotated[int | None, typer.Option(help="Length of the model's own answers.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Directions of the safety subspace; 0 for none.")] = None,
+    every: Annotated[int | None, typer.Option(help="Steps between measurements; by default chosen by cost.")] = None,
+    refusal_every: Annotated[int | None, typer.Option(help="Judge answers at every n-th measurement.")] = None,
+    refresh_every: Annotated[int | None, typer.Option(help="Subspace again at every n-th measurement.")] = None,
+    budget_kl: Annotated[float | None, typer.Option(help="Exit 3 if safety KL exceeds this.")] = None,
+    budget_margin: Annotated[float | None, typer.Option(help="Exit 3 if the mean margin falls below this.")] = None,
+    budget_refusal: Annotated[float | None, typer.Option(help="Exit 3 if the refusal rate falls below this.")] = None,
+    stop_on_budget: Annotated[bool, typer.Option("--stop-on-budget", help="Stop when the alarm fires.")] = False,
+    refusal_opening: Annotated[str | None, typer.Option(help="How a refusal of this model begins.")] = None,
+    compliance_opening: Annotated[str | None, typer.Option(help="How a compliant answer begins.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Adapter folder to merge into the model first.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of LoRA's start; that of the run is in the recipe.")] = 0,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that a hub model brings along.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record on stdout and nothing else.")] = False,
+) -> None:
+    """Fine-tune for real, and measure at every turn what becomes of the model's safety."""
+    from tiltmeter import commands_finetune as commands
+
+    given = {
+        "lr": lr,
+        "steps": steps,
+        "batch_size": batch_size,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "momentum": momentum,
+        "lora_r": lora_r,
+        "lora_alpha": lora_alpha,
+        "lora_target": lora_target,
+    }
+    tracking = {
+        "max_safety": max_safety,
+        "response_tokens": response_tokens,
+        "rank": rank,
+        "every": every,
+        "refusal_every": refusal_every,
+        "refresh_every": refresh_every,
+    }
+    running = {
+        "trainer": trainer,
+        "resume": resume,
+        "assessment": assessment,
+        "stop_on_budget": stop_on_budget,
+        "refusal_opening": refusal_opening,
+        "compliance_opening": compliance_opening,
+        "adapter": adapter,
+        "dtype": dtype,
+        "device": device,
+        "seed": seed,
+        "trust_remote_code": trust_remote_code,
+    }
+    limits = {"kl": budget_kl, "margin": budget_margin, "refusal": budget_refusal}
+    with progress_bar() as ticker, results_only():
+        result = commands.finetune(model, safety, tuning, recipe, given, tracking, limits, running, out, ticker)
+    if as_json:
+        print(json.dumps(result.record, indent=2, ensure_ascii=False, allow_nan=False))
+    else:
+        for line in commands.lines(result.record):
+            print(line)
+        err.print(f"run, model and page: {out / 'index.html'}", markup=False)
+    if result.over_budget:
+        raise typer.Exit(OVER_BUDGET)
+
+
+@contextmanager
+def results_only() -> Iterator[None]:
+    """Send to stderr what trainers print: stdout is for results."""
+    with redirect_stdout(sys.stderr):
+        yield
 
 
 @app.command()

@@ -26,6 +26,7 @@ from tiltmeter.jobs.subject import Options
 from tiltmeter.jobs.theory import TheoryCheck, run_theory
 from tiltmeter.lm.scores import Score
 from tiltmeter.report.page import render_markdown, write_page
+from tiltmeter.report.track_page import write_track_page
 
 # tiltmeter shows one bar of its own
 transformers_logging.disable_progress_bar()
@@ -108,7 +109,15 @@ def recipe_from(file: Path | None, given: Mapping[str, Any], rows: int) -> Recip
         raise RecipeError(
             "expected --recipe training_args.yaml, or --lr and --steps; a forecast needs to know how far the run goes"
         )
-    recipe = Recipe(steps=1) if file is None else read_recipe(file, rows)
+    return changed(Recipe(steps=1) if file is None else read_recipe(file, rows), given)
+
+
+def changed(recipe: Recipe, given: Mapping[str, Any]) -> Recipe:
+    """A recipe changed by the options of a command line.
+
+    Raises:
+        RecipeError: an option cannot be used.
+    """
     names = {"lr": "learning_rate"}
     plain = ("lr", "steps", "batch_size", "optimizer", "schedule", "momentum")
     changes = {names.get(key, key): given[key] for key in plain if given[key] is not None}
@@ -268,5 +277,7 @@ def report(folders: Sequence[Path], out: Path, title: str) -> None:
     records = [store.read_record(folder)[0] for folder in folders]
     if out.suffix == ".md":
         store.write_text(out, render_markdown(records))
+    elif all(str(record["schema"]).startswith("tiltmeter/track/") for record in records):
+        write_track_page(records, out, title)
     else:
         write_page(records, out, title)

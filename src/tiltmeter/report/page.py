@@ -7,7 +7,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, StrictUndefined
+from jinja2 import Environment, StrictUndefined, Template
 from markupsafe import Markup
 
 from tiltmeter.errors import DataError
@@ -47,17 +47,28 @@ def render_page(records: Sequence[Record], title: str) -> str:
     for record in records:
         if not str(record.get("schema")).startswith("tiltmeter/assessment/"):
             raise DataError(f"the page shows assessments; a record has the schema {record.get('schema')!r}")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(resources.files("tiltmeter.report").joinpath("page.html").read_text("utf-8"))
+    template = template_of("page.html")
     colours = path_names(records)
     return template.render(
         title=title,
+        style=style(),
         legend=[
             (name, place % len(svg.PATHS), svg.DASHES[place % len(svg.DASHES)]) for place, name in enumerate(colours)
         ],
         comparison=_compare(records, colours) if len(records) > 1 else None,
         assessments=[_view(record, f"a{place}", colours) for place, record in enumerate(records, 1)],
     )
+
+
+def template_of(name: str) -> Template:
+    """A page's template; what is put into it is escaped."""
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    return environment.from_string(resources.files("tiltmeter.report").joinpath(name).read_text("utf-8"))
+
+
+def style() -> Markup:
+    """The style sheet of all pages."""
+    return Markup(resources.files("tiltmeter.report").joinpath("style.css").read_text("utf-8"))
 
 
 def _view(record: Record, name: str, colours: Sequence[str]) -> dict[str, Any]:

@@ -51,7 +51,7 @@ _STYLE: dict[str, Any] = {
 
 
 @contextmanager
-def _canvas(width: int, height: int) -> Iterator[tuple[Figure, Callable[[str, str], Markup]]]:
+def canvas(width: int, height: int) -> Iterator[tuple[Figure, Callable[[str, str], Markup]]]:
     """Give a figure of width x height page pixels and the function that turns it into a page fragment."""
     with matplotlib.rc_context(_STYLE), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # names in scripts the measuring font lacks; the browser has its own fonts
@@ -74,7 +74,7 @@ def draw_forecast(curve: Curve, colours: Sequence[str], name: str) -> Markup:
         colours: the names of the single forecasts; a path's place in it decides its colour.
         name: prefix of the ids inside the drawing, unique on the page.
     """
-    with _canvas(350, 262) as (figure, finish):
+    with canvas(350, 262) as (figure, finish):
         axes = figure.subplots()
         scale = scale_of([curve])
         _draw_curve(axes, curve, scale, colours)
@@ -91,7 +91,7 @@ def draw_forecast(curve: Curve, colours: Sequence[str], name: str) -> Markup:
 
 def draw_small(curves: Sequence[Curve | None], scales: Sequence[Scale], colours: Sequence[str], name: str) -> Markup:
     """Draw several quantities of one assessment under each other, on scales shared with its neighbours."""
-    with _canvas(250, 130 * len(curves)) as (figure, finish):
+    with canvas(250, 130 * len(curves)) as (figure, finish):
         panels = figure.subplots(len(curves), squeeze=False)[:, 0]
         for axes, curve, scale in zip(panels, curves, scales, strict=True):
             if curve is None:
@@ -105,7 +105,7 @@ def draw_small(curves: Sequence[Curve | None], scales: Sequence[Scale], colours:
 
 def draw_spectrum(eigenvalues: Sequence[float], gaps: Sequence[int], name: str) -> Markup:
     """Draw positive eigenvalues on a logarithmic scale; `gaps` holds the places (1 = after the first) of wide gaps."""
-    with _canvas(530, 250) as (figure, finish):
+    with canvas(530, 250) as (figure, finish):
         axes = figure.subplots()
         places = range(1, len(eigenvalues) + 1)
         bottom, top = min(eigenvalues) / 2, max(eigenvalues) * 2.2
@@ -128,7 +128,7 @@ def draw_spectrum(eigenvalues: Sequence[float], gaps: Sequence[int], name: str) 
 
 def draw_overlap(split_half: Sequence[float | None], random: float | None, name: str) -> Markup:
     """Draw the split-half overlap (value, low, high) of the subspace beside the level of a random one."""
-    with _canvas(530, 110) as (figure, finish):
+    with canvas(530, 110) as (figure, finish):
         axes = figure.subplots()
         value, low, high = split_half
         if value is not None:
@@ -152,7 +152,7 @@ def draw_overlap(split_half: Sequence[float | None], random: float | None, name:
 def draw_layers(rows: Sequence[tuple[str, Sequence[float | None]]], layers: Sequence[str], name: str) -> Markup:
     """Draw shares as depth of colour, one row per quantity and one column per layer; crossed out: not measured."""
     top = max((share for _, shares in rows for share in shares if share is not None), default=0.0) or 1.0
-    with _canvas(1080, 62 + 30 * len(rows) + (0 if _short(layers) else 70)) as (figure, finish):
+    with canvas(1080, 62 + 30 * len(rows) + (0 if _short(layers) else 70)) as (figure, finish):
         axes = figure.subplots()
         for row, (_, shares) in enumerate(rows):
             for column, share in enumerate(shares):

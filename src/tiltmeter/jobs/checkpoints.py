@@ -1,0 +1,80 @@
+"""Checkpoints of a run: which one to go on from, and whether it fits."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+
+from tiltmeter.errors import ModelError
+
+_PICKLES = ("pytorch_model.bin", "adapter_model.bin", "pytorch_model.bin.index.json")
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The last whole checkpoint of a run; the trainer writes `trainer_state.json` last, so one without is torn.
+
+    Returns: `checkpoint-N` with the largest N, or None.
+    """
+    numbered = [(int(path.name[11:]), path) for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
+    for step, path in sorted(numbered, reverse=True):
+        try:
+            state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(state, dict) and state.get("global_step") == step:
+            return path
+    return None
+
+
+def check_checkpoint(folder: Path, model: Any) -> None:
+    """Refuse a checkpoint that the trainer would load in part, with warnings only, or not at all.
+
+    Args:
+        folder: of a checkpoint.
+        model: what it is to be loaded into, a transformers or PEFT model.
+
+    Raises:
+        ModelError: its weights are missing, pickled or damaged, or are of another model; names the first tensor.
+
+    Cost: the headers are read, not the weights.
+    """
+    there = _shapes(folder)
+    if isinstance(model, PeftModel):
+        expected, tied = {name: tuple(p.shape) for name, p in get_peft_model_state_dict(model).items()}, set()
+    else:
+        state = model.state_dict()
+        expected = {name: tuple(p.shape) for name, p in state.items()}
+        first: dict[int, str] = {}
+        for name, p in state.items():
+            first.setdefault(p.data_ptr(), name)
+        groups = {name: first[p.data_ptr()] for name, p in state.items()}
+        tied = {name for name, chief in groups.items() if sum(other == chief for other in groups.values()) > 1}
+    for name, shape in there.items():
+        if name not in expected:
+            raise ModelError(f"{folder} is of another model: it has {name}, which this one has no place for")
+        if shape != expected[name]:
+            raise ModelError(f"{folder} does not fit the model: {name} is {shape}, expected {expected[name]}")
+    missing = sorted(expected.keys() - there.keys() - tied)
+    if missing:
+        raise ModelError(f"{folder} is incomplete: {missing[0]} is missing ({len(missing)} such tensors)")
+
+
+def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        pickled = any((folder / name).exists() for name in _PICKLES)
+        why = "only pickle files, which run code when they are opened" if pickled else "no weights"
+        raise ModelError(f"{folder} holds {why}; expected model.safetensors or adapter_model.safetensors")
+    out: dict[str, tuple[int, ...]] = {}
+    for file in files:
+        try:
+            with safe_open(file, "pt") as opened:
+                for name in opened.keys():  # noqa: SIM118  # not a mapping
+                    out[name] = tuple(opened.get_slice(name).get_shape())
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{file} is damaged or cut off ({error}); delete {folder.name} and resume") from error
+    return out
