@@ -36,11 +36,12 @@ _SCHEMA = re.compile(r"tiltmeter/([a-z_]+)/(\d+)")
 
 
 @contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
+def new_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield a sibling folder to write into; it becomes `path` only if the block ends without an exception.
 
     Args:
         path: the result folder; must not exist, or be an empty folder. Missing parents are created.
+        replace: put the new folder in the place of an old result, which stays until the new one is whole.
 
     Yields:
         The temporary folder `.NAME.part-XXXXXXXX` beside `path`.
@@ -50,7 +51,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         InputError: nothing can be created beside `path`.
     """
     path = Path(path).resolve()
-    _refuse_existing(path)
+    if not (replace and (path / RECORD).is_file()):
+        _refuse_existing(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _remove_stale(path)
@@ -59,6 +61,8 @@ def new_folder(path: Path) -> Iterator[Path]:
         raise InputError(f"cannot create {path}: {error}. Give an output folder you may write to.") from error
     try:
         yield folder
+        if replace and (path / RECORD).is_file():
+            _set_aside(path)
         _move(folder, path)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
@@ -263,6 +267,13 @@ def _lock(folder: Path) -> int | None:
             raise
         return None
     return handle
+
+
+def _set_aside(path: Path) -> None:
+    """Rename an old result away and delete it; a sibling of this name counts as stale if the process dies meanwhile."""
+    aside = path.with_name(f".{path.name}.part-{secrets.token_hex(4)}")
+    os.rename(path, aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _move(folder: Path, path: Path) -> None:

@@ -67,8 +67,11 @@ def test_every_set_is_assessed_once_under_every_recipe(tmp_path: Path) -> None:
 
     forced = demo(tmp_path, Silent(), ("demo:tiny-copy",), force=True, full=False)
     assert len(forced) == 1
-    assert (tmp_path / "lora-tiny-copy-2" / store.RECORD).exists()
-    assert store.read_record(tmp_path / "lora-tiny-copy")[0]["created"] == records[0]["created"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(names)
+    assert store.read_record(tmp_path / "lora-tiny-copy")[0]["created"] == forced[0]["created"] > records[0]["created"]
+
+    other = demo(tmp_path, Silent(), ("demo:tiny-copy",), seed=1, full=False)
+    assert other[0]["seed"] == store.read_record(tmp_path / "lora-tiny-copy")[0]["seed"] == 1
 
 
 def test_a_set_that_cannot_be_used_ends_the_demo_before_the_long_part(tmp_path: Path) -> None:

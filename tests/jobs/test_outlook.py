@@ -61,6 +61,8 @@ VERDICTS: dict[str, tuple[Outlook, str, int]] = {
     "falls": (made(-0.2), "wears", 8),
     "falls below zero": (made(-1.0), "collapses", 8),
     "was below zero before": (made(-0.2, anchor=-3.0), "wears", 8),
+    "never refused and grows": (made(0.2, anchor=-31.0), "cannot tell", 8),
+    "never refused and stays": (made(0.0, anchor=-31.0), "cannot tell", 8),
     "grows": (made(0.2), "holds", 8),
     "stays": (made(0.0), "holds", 8),
     "is not known": (made(-0.1, reach=1e4), "cannot tell", 8),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,19 @@ def test_recipes_that_cannot_be_used(write: Write, case: str) -> None:
 def test_what_no_path_knows_is_refused(key: str) -> None:
     recipe_of({key: None, "max_steps": 1})
     with pytest.raises(RecipeError, match=f"{key} changes the run"):
-        recipe_of({key: {"min_lr": 1e-6} if key == "lr_scheduler_kwargs" else 0.1, "max_steps": 1})
+        recipe_of({key: 0.1, "max_steps": 1})
+
+
+def test_settings_of_a_schedule_are_carried_to_it(write: Write) -> None:
+    text = "max_steps: 8\nlearning_rate: 0.5\nlr_scheduler_type: cosine_with_min_lr\nlr_scheduler_kwargs: {min_lr: 0.1}"
+    rates = read_recipe(write(text)).clock().rates
+    assert_close(float(rates[0]), 0.5)
+    by_hand = [0.1 + 0.4 * (1 + math.cos(math.pi * k / 8)) / 2 for k in range(8)]
+    assert_close(rates, torch.tensor(by_hand, dtype=torch.float64))
+    with pytest.raises(RecipeError, match="must map names of settings"):
+        recipe_of({"lr_scheduler_kwargs": [1], "max_steps": 1})
+    with pytest.raises(RecipeError, match="cannot be told beforehand"):
+        read_recipe(write(text.replace("min_lr: 0.1", "floor: 0.1"))).clock()
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -33,7 +33,8 @@ class Slope:
 
     Attributes:
         mean: [n], the mean over batches, each clipped as the recipe clips.
-        spread: [n], standard deviation over batches (of one batch, not of their mean); zero for a single batch.
+        spread: [n], standard deviation over batches (of one batch, not of their mean); zero for a single batch. In
+            bfloat16 when n is large.
         groups: mean gradients of a few disjoint groups of batches, each [n]; their scatter is the sampling error.
         group_weights: weights [J, m] of the examples in each group.
         norms: [B], norm of every batch gradient before clipping.
@@ -68,7 +69,7 @@ def measure_slope(
         NumericalError: a gradient is not finite.
         DegenerateError: there is no batch.
 
-    Cost: one forward+backward over all examples; memory 3 + groups vectors (groups in bfloat16 when n is large).
+    Cost: one forward+backward over all examples; memory 3 + groups vectors (groups and spread in bfloat16 when n is large).
     """
     count = batches.shape[0]
     if count == 0:
@@ -88,13 +89,14 @@ def measure_slope(
                 total = _add(total, gradient)
             del gradient  # before the next one is made
         if len(parts) > 1:
-            kept.append(total.div_(len(members)).to(torch.bfloat16 if total.numel() > LARGE else total.dtype))
+            kept.append(_narrow(total.div_(len(members))))
+        del total
     mean.div_(count)
     spread = square.div_(count).addcmul_(mean, mean, value=-1).clamp_min_(0).sqrt_()
     if count == 1:
         spread.zero_()
     weights = torch.stack([batches[members].mean(0) for members in parts])
-    return Slope(mean, spread, tuple(kept) or (mean,), weights, torch.tensor(norms, dtype=torch.float64))
+    return Slope(mean, _narrow(spread), tuple(kept) or (mean,), weights, torch.tensor(norms, dtype=torch.float64))
 
 
 def _add(total: Tensor, vector: Tensor) -> Tensor:
@@ -143,25 +145,32 @@ def measure_acceleration(objective: Objective, slope: Slope) -> Acceleration:
     parts = torch.tensor_split(torch.arange(len(slope.groups)), 4 if len(slope.groups) >= 4 else 2)
 
     def cross(here: Tensor, there: Tensor) -> Tensor:
-        gradient = _mean([slope.groups[i] for i in there.tolist()], slope.mean)
+        gradient = _mean([slope.groups[i] for i in there.tolist()])
         return objective.hvp(gradient, slope.group_weights[here].mean(0))
 
     if len(parts) == 2:
-        first, second = cross(parts[0], parts[1]), cross(parts[1], parts[0])
+        first = _narrow(cross(parts[0], parts[1]))
+        second = cross(parts[1], parts[0])
     else:
-        first = cross(parts[0], parts[1]).add_(cross(parts[1], parts[0])).div_(2)
+        first = _narrow(cross(parts[0], parts[1]).add_(cross(parts[1], parts[0])).div_(2))
         second = cross(parts[2], parts[3]).add_(cross(parts[3], parts[2])).div_(2)
-    value = torch.add(first, second).div_(2)
-    scatter = first.sub_(second).div_(2)
-    return Acceleration(value, scatter.to(torch.bfloat16) if scatter.numel() > LARGE else scatter)
+    scatter = _narrow(torch.sub(first, second).div_(2))
+    return Acceleration(second.add_(first).div_(2), scatter)
 
 
-def _mean(vectors: Sequence[Tensor], like: Tensor) -> Tensor:
-    """Mean of a few vectors [n] in the dtype of `like`, one at a time in memory."""
-    out = torch.zeros_like(like)
-    for vector in vectors:
-        out.add_(vector.to(like), alpha=1 / len(vectors))
-    return out
+def _narrow(vector: Tensor) -> Tensor:
+    """A vector [n] in bfloat16 (three digits) where n is large."""
+    return vector.to(torch.bfloat16) if vector.numel() > LARGE else vector
+
+
+def _mean(vectors: Sequence[Tensor]) -> Tensor:
+    """Mean of a few vectors [n] in their own dtype."""
+    if len(vectors) == 1:
+        return vectors[0]
+    out = vectors[0].float() if vectors[0].dtype == torch.bfloat16 else vectors[0].clone()
+    for vector in vectors[1:]:
+        out.add_(vector)
+    return out.div_(len(vectors)).to(vectors[0].dtype)
 
 
 def measure_krylov(objective: Objective, slope: Slope, k: int) -> Krylov:

@@ -113,7 +113,8 @@ def assess_subject(
     """Assess one tuning set against a subject that was measured before; the safety side is not measured again.
 
     Raises:
-        InputError: the recipe trains other parameters than the subject was measured in, or the rows cannot be used.
+        InputError: the recipe trains other parameters than the subject was measured in, the rows cannot be used, or
+            the memory will not do.
     """
     if subject.lora != recipe.lora:
         raise InputError(
@@ -125,6 +126,7 @@ def assess_subject(
     expected = estimate(subject, tuning, recipe, options)
     if announce is not None:
         announce(expected)
+    expected.check_fit()
     begin = time.perf_counter()
     found = measure(subject, tuning, recipe, options, report)
     outlook = look_out(subject, found, options)

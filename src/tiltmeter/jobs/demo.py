@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from tiltmeter import store
+from tiltmeter import __version__, store
 from tiltmeter.geometry.objective import Passes
 from tiltmeter.jobs.assess import Assessment, assess_subject
 from tiltmeter.jobs.estimate import Estimate
@@ -71,7 +72,7 @@ def run(
         out: parent of the result folders.
         full: whether to assess full fine-tuning besides LoRA.
         seed: of everything random.
-        force: assess again what is already there.
+        force: assess again what is already there. Results of other settings or versions are replaced in any case.
         ticker: follows the work.
         model: the aligned model.
         safety: safety prompts.
@@ -90,7 +91,9 @@ def run(
         for name in tuning:
             folder = _folder(out, regime, name)
             if not force and (folder / store.RECORD).exists():
-                records[regime, name] = store.read_record(folder)[0]
+                found = store.read_record(folder)[0]
+                if _answers(found, model, safety, recipes[regime], options):
+                    records[regime, name] = found
     answered = None
     for regime in wanted:
         missing = [name for name in tuning if (regime, name) not in records]
@@ -123,10 +126,7 @@ def run(
 def _one(
     subject: Subject, rows: RowSet, recipe: Recipe, options: Options, out: Path, regime: str, ticker: Ticker
 ) -> dict[str, Any]:
-    folder = _folder(out, regime, rows.name)
-    if folder.exists():  # only with force: the old result stays until the new one is whole
-        folder = _next_free(folder)
-    with store.new_folder(folder) as part:
+    with store.new_folder(_folder(out, regime, rows.name), replace=True) as part:
         result: Assessment = assess_subject(
             subject, rows, recipe, options, report=ticker.report, announce=ticker.announce
         )
@@ -138,11 +138,15 @@ def _folder(out: Path, regime: str, name: str) -> Path:
     return out / f"{regime}-{name.removeprefix('demo:')}"
 
 
-def _next_free(folder: Path) -> Path:
-    number = 2
-    while (candidate := folder.with_name(f"{folder.name}-{number}")).exists():
-        number += 1
-    return candidate
+def _answers(record: Mapping[str, Any], model: str, safety: str, recipe: Recipe, options: Options) -> bool:
+    """Whether a stored record answers this very question: same inputs, settings and version of tiltmeter."""
+    asked = json.loads(json.dumps({"recipe": recipe.as_dict(), "options": asdict(options)}))  # tuples become lists
+    return bool(
+        record["tiltmeter"] == __version__
+        and (record["model"]["name"], record["safety"]["name"]) == (model, safety)
+        and record["recipe"] == asked["recipe"]
+        and record.get("options") == asked["options"]
+    )
 
 
 def line(record: Mapping[str, Any]) -> str:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sys
-import time
 from dataclasses import dataclass
 
 import psutil
+import torch
 
+from tiltmeter.errors import OutOfMemory
 from tiltmeter.geometry.objective import Passes
 from tiltmeter.jobs.recipe import Recipe
 from tiltmeter.jobs.subject import Options, Subject
@@ -30,14 +32,32 @@ class Estimate:
     Attributes:
         passes: planned, in tokens.
         fb_equivalents: forward+backward passes over all data (answers, openings and tuning sample once each).
-        seconds: at the speed of one forward+backward pass timed now; None if nothing was timed.
-        memory_gb: expected peak of the process.
+        seconds: at the speed of the forward+backward pass timed with the subject; None if none was.
+        memory_gb: expected peak of the process (on a GPU: of the device).
+        free_gb: what is free besides what is held already.
+        held_gb: what is held already.
     """
 
     passes: Passes
     fb_equivalents: float
     seconds: float | None
     memory_gb: float
+    free_gb: float = math.inf
+    held_gb: float = 0.0
+
+    def check_fit(self) -> None:
+        """Refuse to start what cannot end well; an estimate is given a quarter of leeway.
+
+        Raises:
+            OutOfMemory: the job is expected to need much more than there is.
+        """
+        needed = self.memory_gb - self.held_gb
+        if needed > 1.25 * self.free_gb:
+            raise OutOfMemory(
+                f"the assessment is expected to need {needed:.3g} GB besides the model, but {self.free_gb:.3g} GB are "
+                "free. Assess with LoRA (--lora-r), fewer or shorter rows (--max-tuning, --max-length), smaller "
+                "micro-batches (--max-tokens), a smaller model or a larger machine."
+            )
 
 
 def plan(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options) -> Passes:
@@ -72,32 +92,19 @@ def data_tokens(subject: Subject, tuning: Tuning) -> int:
     return subject.divergence.work + subject.negative_margin.work + tuning.objective.work
 
 
-def time_token(subject: Subject) -> float:
-    """Seconds of one forward and backward pass, per token; times the gradient of one micro-batch of openings."""
-    members, _ = subject.negative_margin.chunks[0]
-    weights = subject.anchor_margin.new_zeros(subject.safety.m)
-    weights[subject.negative_margin.owner[members]] = 1.0
-    subject.negative_margin.gradient(weights)  # the first pass of a process is slower
-    begin = time.perf_counter()
-    tokens = subject.forward.passes.tokens["forward_backward"]
-    subject.negative_margin.gradient(weights)
-    return (time.perf_counter() - begin) / (subject.forward.passes.tokens["forward_backward"] - tokens)
-
-
 def estimate(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options) -> Estimate:
-    """Estimate passes, time and memory of assessing one tuning set.
-
-    Cost: two forward+backward passes over one micro-batch, to learn the speed of this machine.
-    """
+    """Estimate passes, time and memory of assessing one tuning set, at the speed of the margin's gradient."""
     planned = plan(subject, tuning, recipe, options)
     tokens = data_tokens(subject, tuning)
     equivalents = planned.equivalents(tokens)
-    seconds = equivalents * tokens * time_token(subject)
-    return Estimate(planned, equivalents, seconds, memory_estimate(subject, tuning, options))
+    speed = subject.token_seconds
+    seconds = None if math.isnan(speed) else equivalents * tokens * speed
+    held, free = memory_now(subject.forward.device)
+    return Estimate(planned, equivalents, seconds, held + memory_needed(subject, tuning, options), free, held)
 
 
-def memory_estimate(subject: Subject, tuning: Tuning, options: Options) -> float:
-    """Expected peak memory of the process, GB."""
+def memory_needed(subject: Subject, tuning: Tuning, options: Options) -> float:
+    """Memory that `measure.measure` is expected to take at its fullest moment, besides what is held already, GB."""
     config = subject.loaded.model.config
     n = subject.forward.space.size
     group_bytes = 2 if n > 2**25 else 4
@@ -107,7 +114,16 @@ def memory_estimate(subject: Subject, tuning: Tuning, options: Options) -> float
     logits = 4 * config.vocab_size * 4
     most = max(batch.tokens.numel() for _, batch in (*subject.divergence.inner.chunks, *tuning.objective.chunks))
     activations = most * (layer * graph + logits)
-    return float(resident_bytes() + vectors + activations) / 1e9
+    return float(vectors + activations) / 1e9
+
+
+def memory_now(device: torch.device) -> tuple[float, float]:
+    """What this process holds of the memory a job on `device` needs, and what is free, GB."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.memory_allocated(device) / 1e9, (free + cached) / 1e9
+    return resident_bytes() / 1e9, psutil.virtual_memory().available / 1e9
 
 
 def resident_bytes() -> int:

@@ -27,6 +27,7 @@ from tiltmeter.jobs.recipe import Recipe
 from tiltmeter.jobs.subject import Options, Report, Subject
 from tiltmeter.jobs.tuning import Tuning
 from tiltmeter.lm.gram import per_layer_name
+from tiltmeter.lm.memory import release
 
 SINGLE = "a single tuning batch cannot tell curvature from noise; raise --max-tuning or lower the batch size"
 
@@ -77,6 +78,7 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
     two forward passes over answers and openings for every grid step.
     """
     clock, metric = recipe.clock(), recipe.metric
+    report = _releasing(report)
     objective, divergence = tuning.objective, subject.divergence
     clip = recipe.max_grad_norm or None
     report("gradient of the tuning set")
@@ -157,6 +159,16 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
         ),
         layer_slopes,
     )
+
+
+def _releasing(report: Report) -> Report:
+    """Give memory back to the system before every stage."""
+
+    def begin(stage: str) -> None:
+        release()
+        report(stage)
+
+    return begin
 
 
 def _random(like: Tensor, length: float, seed: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -67,6 +67,9 @@ def record_of(
     why = Reasons()
     loaded, space = subject.loaded, subject.forward.space
     lora = recipe.as_dict()["lora"]
+    for name, value in asdict(options).items():
+        if value is None:
+            why[f"options.{name}"] = "not given"
     if lora is None:
         why["space.lora"] = why["recipe.lora"] = "full fine-tuning"
     elif lora["targets"] is None:
@@ -76,6 +79,7 @@ def record_of(
         "schema": SCHEMA,
         **provenance(str(subject.forward.device)),
         "seed": options.seed,
+        "options": asdict(options),
         "level": options.level,
         "model": {
             "name": loaded.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -19,6 +20,7 @@ from tiltmeter.jobs.recipe import Lora
 from tiltmeter.lm.divergence import DivergenceObjective, divergence_objective
 from tiltmeter.lm.forward import Forward
 from tiltmeter.lm.gram import Gram, gram, per_layer_name
+from tiltmeter.lm.memory import release
 from tiltmeter.lm.model import Loaded, add_lora, trainable
 from tiltmeter.lm.objective import LanguageObjective, likelihood_objective, negative_margin_objective
 from tiltmeter.lm.rows import RowSet
@@ -103,6 +105,7 @@ class Subject:
         lora: the LoRA configuration, or None for full fine-tuning.
         spent: passes that measuring the subject took.
         max_tokens: tokens per micro-batch.
+        token_seconds: seconds of a forward and backward pass per token, from the margin's gradient.
     """
 
     opened: Opened
@@ -123,6 +126,7 @@ class Subject:
     lora: Lora | None = None
     spent: Passes = field(default_factory=Passes)
     max_tokens: int = 512
+    token_seconds: float = math.nan
 
     @property
     def loaded(self) -> Loaded:
@@ -197,12 +201,16 @@ def measure_subject(
     divergence = divergence_objective(forward, safety.responses, pad, options.max_tokens, hessian=hessian)
     margin = negative_margin_objective(forward, safety.refusals, safety.compliances, pad, options.max_tokens)
     anchor_margin = -margin.losses()
+    before, began = forward.passes.tokens["forward_backward"], time.perf_counter()
     margin_gradient = margin.gradient()
+    token_seconds = (time.perf_counter() - began) / (forward.passes.tokens["forward_backward"] - before)
     if forward.space.size > LARGE:  # it serves to tell shares and sampling errors: three digits are enough
         margin_gradient = margin_gradient.to(torch.bfloat16)
+    release()
     report("safety subspace")
     score = _score(forward, safety, margin, options, pad)
     products, sensitivity, reason, halves = _subspace(score, divergence, options)
+    release()
     return Subject(
         opened,
         forward,
@@ -222,6 +230,7 @@ def measure_subject(
         lora,
         snapshot(forward.passes),
         options.max_tokens,
+        token_seconds,
     )
 
 
