@@ -1,0 +1,56 @@
+"""What alignment changed in the weights, V = W_aligned - W_base, by the names of the trained parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from tiltmeter.errors import UnsupportedModel
+from tiltmeter.geometry.space import ParameterSpace
+
+
+@dataclass(frozen=True)
+class Target:
+    """A weight matrix and the trained parameters that change it.
+
+    Attributes:
+        weight: its name in the model without adapters.
+        names: (name of B, name of A) of a LoRA pair, or (name,) of the weight itself.
+    """
+
+    weight: str
+    names: tuple[str, ...]
+
+
+def targets_of(space: ParameterSpace, alignment: Mapping[str, Tensor], what: str) -> list[Target]:
+    """The matrices of a space that alignment changed.
+
+    Raises:
+        UnsupportedModel: there are none.
+    """
+    found = []
+    for name, shape in zip(space.names, space.shapes, strict=True):
+        weight = plain_name(name)
+        if weight not in alignment or len(shape) != 2:
+            continue
+        if ".lora_B." in name:
+            found.append(Target(weight, (name, name.replace(".lora_B.", ".lora_A."))))
+        elif ".lora_A." not in name:
+            found.append(Target(weight, (name,)))
+    if not found:
+        raise UnsupportedModel(
+            f"{what} needs what alignment changed in the trained matrices (aligned minus base weights), which is "
+            f"known for none of them ({space.names[0]}, ...): give the base model that the aligned one was made from"
+        )
+    return found
+
+
+def plain_name(name: str) -> str:
+    """Name of a parameter in the model without PEFT: `base_model.model.X.lora_A.default.weight` -> `X.weight`."""
+    name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    for part in (".lora_A.", ".lora_B."):
+        if part in name:
+            return name.partition(part)[0] + ".weight"
+    return name

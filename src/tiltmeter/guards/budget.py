@@ -1,0 +1,228 @@
+"""The curvature budget: a fine-tune may move as it likes until safety begins to feel it, and then only around it.
+
+Ours, from the second-order law of safety KL (Springer et al. 2026, arXiv:2602.15799, with the constants of
+docs/theory.md): with F = V Lambda V' the sensitive directions and z = V'(theta - anchor), KL is 1/2 z' Lambda z. As
+long as that stays below the budget nothing is touched; an update that would leave the ellipsoid is moved back onto it
+by the smallest change in the optimiser's metric, D V (V'DV)^-1 (z' - z). Projecting the gradient instead does nothing
+under Adam. The directions turn as the model moves, so they are measured again at intervals that follow how much they
+turned; z is then read off the log-likelihoods, which need no expansion. What the directions miss is seen in the KL on
+held-out prompts: when that nears the budget, replay begins, and when it is about to exceed it, the model is pulled back
+(`pullback`). Every such act is in the log.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tiltmeter.errors import InputError
+from tiltmeter.geometry.sensitivity import Basis, DenseBasis, SampleBasis
+from tiltmeter.geometry.space import dot, norm
+from tiltmeter.guards.contract import Memory, require_strength
+from tiltmeter.guards.ellipsoid import onto_ellipsoid
+from tiltmeter.guards.pullback import pull_back
+from tiltmeter.guards.safety import draw
+from tiltmeter.guards.trainee import Trainee, require_examples
+
+#: Numbers that the directions may take before they are kept as combinations of examples: 256 MB in float32.
+DENSE = 2**26
+
+#: Shares of the budget at which replay begins, a pull-back begins, and a pull-back ends.
+REPLAY, CEILING, RESERVE = 0.5, 0.9, 0.75
+
+#: Safety examples in a step of replay.
+REPLAYED = 8
+
+#: Rotation (one minus mean squared cosine) above which directions are measured twice, below which half as often.
+TURNED, STILL = 0.4, 0.1
+
+
+@dataclass(frozen=True)
+class CurvatureBudget:
+    """Settings of the budget.
+
+    Attributes:
+        strength: share of a move out of the ellipsoid that is taken back.
+        budget_kl: largest tolerable held-out safety KL, nats (per token); 0 keeps every sensitive direction still.
+        rank: most directions.
+        every: steps between two projections; more than one is for large spaces, where each costs two passes.
+        refresh: steps between two measurements of the directions, at first.
+        check: most steps between two measurements of held-out KL; 0 for none.
+        carry: read the way that was spent off the log-likelihoods at a refresh; False begins each basis at zero, which
+            is projection as it is usually meant.
+        steer: adapt `refresh` to the rotation.
+        replay_share: length of the replayed gradient, as a share of the task's.
+    """
+
+    strength: float = 1.0
+    budget_kl: float = 0.05
+    rank: int = 8
+    every: int = 1
+    refresh: int = 32
+    check: int = 8
+    carry: bool = True
+    steer: bool = True
+    replay_share: float = 0.3
+    memory: Memory = field(default_factory=Memory, repr=False, compare=False)
+
+    def start(self, model: Trainee) -> None:
+        """Measure the directions at the anchor.
+
+        Raises:
+            InputError: a setting is out of range, there are no safety examples, or the optimiser's metric is not known.
+        """
+        require_strength("budget", self.strength)
+        if not (self.budget_kl >= 0 and math.isfinite(self.budget_kl)):
+            raise InputError(f"budget_kl must be a number of nats, at least 0, got {self.budget_kl}")
+        for name, least in (("rank", 1), ("every", 1), ("refresh", 1), ("check", 0)):
+            if getattr(self, name) < least:
+                raise InputError(f"guard budget: {name} must be at least {least}, got {getattr(self, name)}")
+        require_examples(model.safety, 2, "the curvature budget")
+        model.require_metric()
+        self.memory.numbers.update(interval=self.refresh, wait=1, next_check=1, replaying=0)
+        if self.check:
+            self.memory.tensors["inside"] = model.vector()
+        self._measure(model)
+
+    def shape_gradient(self, model: Trainee) -> None:
+        """Add the gradient of the safety KL while replay is called for. Cost: then a backward pass over 8 examples."""
+        if not self.memory.numbers["replaying"]:
+            return
+        divergence = model.safety.divergence
+        safety = divergence.gradient(draw(divergence.m, REPLAYED, model.seed + model.step))
+        task, length = model.gradient(), norm(safety)
+        if length > 0:
+            share = self.strength * self.replay_share * norm(task) / length
+            model.write_gradient(task.add_(safety.to(task), alpha=share))
+
+    def shape_update(self, model: Trainee, before: Tensor) -> None:
+        """Hold the update to the ellipsoid; measure directions and held-out KL when due."""
+        numbers = self.memory.numbers
+        self._project(model, before)
+        if self.check and model.step >= numbers["next_check"]:
+            self._control(model)
+        if model.step >= numbers["next_refresh"]:
+            self._measure(model)
+
+    def finish(self, model: Trainee) -> None:
+        """Measure held-out KL a last time, and pull back if need be."""
+        if self.check:
+            self._control(model)
+
+    def _basis(self, model: Trainee) -> Basis:
+        tensors = self.memory.tensors
+        if "columns" in tensors:
+            return DenseBasis(model.space, tuple(tensors["columns"]))
+        return SampleBasis(model.safety.scores, tensors["coefficients"])
+
+    def _measure(self, model: Trainee) -> None:
+        """Find the directions here, how far they turned, and where we stand in them."""
+        tensors, numbers = self.memory.tensors, self.memory.numbers
+        found = model.safety.sensitivity(self.rank)
+        if not isinstance(found.basis, SampleBasis):
+            raise InputError("the safety source must give its directions as combinations of its examples")
+        k, old = found.rank, tensors.get("columns")
+        coefficients = found.basis.coefficients
+        if k * model.space.size <= DENSE:
+            columns = torch.stack([found.lift(unit) for unit in torch.eye(k, dtype=torch.float64)])
+            turned = None if old is None else _rotation(old, columns)
+            tensors["columns"] = columns
+        else:
+            turned = None
+        tensors["coefficients"] = coefficients
+        if self.steer and turned is not None:
+            factor = 0.5 if turned > TURNED else 2.0 if turned < STILL else 1.0
+            least, most = max(1.0, self.refresh / 4), 16.0 * self.refresh
+            numbers["interval"] = min(max(least, numbers["interval"] * factor), most)
+        z = coefficients.T @ model.safety.shift().to(coefficients) if self.carry else torch.zeros(k).double()
+        tensors["z"], tensors["eigenvalues"] = z.double().cpu(), found.eigenvalues.double().cpu()
+        numbers["allowed"] = self._allowance(model, float(found.energy(z)))
+        numbers["next_refresh"] = model.step + numbers["interval"]
+        why = f"{k} directions" if turned is None else f"{k} directions, turned by {turned:.2f} (1 - mean cos^2)"
+        self.memory.note(model.step, f"directions measured, again in {numbers['interval']:g} steps", why)
+
+    def _allowance(self, model: Trainee, energy: float) -> float:
+        """Energy in these directions at which the KL is expected to reach the budget.
+
+        Where KL is felt already, the two are compared: directions that hold half of the KL get half of the budget.
+        """
+        if self.budget_kl == 0 or model.step == 0:
+            return self.budget_kl
+        kl = max(float(model.safety.divergence.losses().mean()), model.safety.heldout())
+        if not self.carry:
+            return max(0.0, self.budget_kl - kl)
+        if kl < 0.1 * self.budget_kl:
+            return self.budget_kl
+        return self.budget_kl * min(1.0, energy / kl)
+
+    def _project(self, model: Trainee, before: Tensor) -> None:
+        """Move the weights back so that the energy is allowed; the coordinates are kept up to date."""
+        tensors = self.memory.tensors
+        basis = self._basis(model)
+        z = tensors["z"] + basis.coordinates(model.moved(before)).double().cpu()
+        eigenvalues, allowed = tensors["eigenvalues"], self.memory.numbers["allowed"]
+        if float((eigenvalues * z.square()).sum()) / 2 > allowed:
+            d = model.preconditioner()
+            metric = self._metric(basis, d)
+            wanted = onto_ellipsoid(z, metric, eigenvalues, allowed) - z
+            move = basis.lift(torch.linalg.solve(metric, wanted)).mul_(self.strength)
+            model.write(model.vector().add_(move if d is None else move.mul_(d)))
+            z = z + self.strength * wanted
+            if not self.memory.numbers.get("held"):
+                self.memory.note(
+                    model.step, "updates are now held to the ellipsoid", f"energy above {allowed:.2e} nats"
+                )
+            self.memory.numbers["held"] = self.memory.numbers.get("held", 0) + 1
+        tensors["z"] = z
+
+    def _metric(self, basis: Basis, d: Tensor | None) -> Tensor:
+        """V'DV [k, k]. Cost: k^2 / 2 inner products, or 2 k passes over the examples in a large space."""
+        k = int(self.memory.tensors["eigenvalues"].numel())
+        if d is None:
+            return torch.eye(k, dtype=torch.float64)
+        if isinstance(basis, DenseBasis):
+            out = torch.zeros(k, k, dtype=torch.float64)
+            for i, column in enumerate(basis.columns):
+                moved = column * d
+                for j in range(i + 1):
+                    out[i, j] = out[j, i] = dot(moved, basis.columns[j])
+            return out
+        units = torch.eye(k, dtype=torch.float64)
+        rows = torch.stack([basis.coordinates(basis.lift(unit).mul_(d)).double().cpu() for unit in units])
+        return (rows + rows.T) / 2
+
+    def _control(self, model: Trainee) -> None:
+        """Measure held-out KL; begin or end replay, pull back, and say when to look again."""
+        numbers, tensors, budget = self.memory.numbers, self.memory.tensors, self.budget_kl
+        kl, last = model.safety.heldout(), numbers.get("kl", 0.0)
+        rate = max(0.0, kl - last) / max(1, model.step - numbers.get("checked", 0))
+        replaying = kl > REPLAY * budget and self.replay_share > 0 and budget > 0
+        if replaying != bool(numbers["replaying"]):
+            what = "replay begins" if replaying else "replay ends"
+            self.memory.note(model.step, what, f"held-out KL {kl:.2e} of {budget:g} nats")
+            numbers["replaying"] = int(replaying)
+        if kl > CEILING * budget and budget > 0:
+            result = pull_back(model, RESERVE * budget, budget, tensors["inside"])
+            self.memory.note(model.step, f"pulled back {result.how}", f"held-out KL {kl:.2e} -> {result.kl:.2e} nats")
+            kl = result.kl
+            self._recount(model)
+        if kl <= budget:
+            tensors["inside"] = model.vector()
+        # half of the steps that are left at the present rate, and at most twice as many as the last time
+        left = (CEILING * budget - kl) / rate / 2 if rate > 0 else math.inf
+        wait = max(1, math.floor(min(self.check, 2 * numbers["wait"], left)))
+        numbers.update(kl=kl, checked=model.step, wait=wait, next_check=model.step + wait)
+
+    def _recount(self, model: Trainee) -> None:
+        """After a pull-back the coordinates are read off the log-likelihoods, in the basis as it is."""
+        coefficients = self.memory.tensors["coefficients"]
+        self.memory.tensors["z"] = (coefficients.T @ model.safety.shift().to(coefficients)).double().cpu()
+
+
+def _rotation(old: Tensor, new: Tensor) -> float:
+    """One minus the mean squared cosine between two sets of orthonormal rows, [k, n] and [k', n]."""
+    squares = sum(dot(a, b) ** 2 for a in old for b in new)
+    return max(0.0, 1.0 - squares / min(len(old), len(new)))

@@ -1,0 +1,142 @@
+"""The four events around any training loop, and what a guard's state is on disk."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tiltmeter.errors import InputError
+from tiltmeter.guards.contract import Guard
+from tiltmeter.guards.trainee import Trainee
+
+TENSORS, REST = "guard.safetensors", "guard.json"
+
+#: Two anchors are the same if their fingerprints agree to this share: another machine may round differently.
+SAME_ANCHOR = 1e-4
+
+
+@dataclass
+class Session:
+    """One guard on one fine-tune.
+
+    Around any loop::
+
+        session = Session(guard, trainee)
+        session.begin()
+        for batch in data:
+            loss(batch).backward()
+            session.before_step()
+            optimizer.step()
+            session.after_step()
+            optimizer.zero_grad()
+        session.end()
+
+    A guard of strength 0 is not called at all.
+
+    Attributes:
+        guard: the method.
+        model: what is trained.
+        before: weights [n] that the last `shape_update` left, while a guard looks at updates.
+    """
+
+    guard: Guard
+    model: Trainee
+    before: Tensor | None = field(default=None)
+
+    @property
+    def active(self) -> bool:
+        """Whether the guard does anything."""
+        return self.guard.strength > 0
+
+    def begin(self, state: Path | None = None) -> None:
+        """Start the guard; with the folder of a saved state, go on where that left off.
+
+        Raises:
+            InputError: the guard cannot protect this model, or the state belongs to another guard or anchor.
+        """
+        if not self.active:
+            return
+        with torch.random.fork_rng(devices=[]):  # what a guard draws must not change the order of the tuning data
+            self.guard.start(self.model)
+        if state is not None:
+            self.load(state)
+
+    def before_step(self) -> None:
+        """Gradients are ready, the optimiser has not moved."""
+        if not self.active:
+            return
+        self.guard.shape_gradient(self.model)
+        if self.guard.every and self.before is None:
+            self.before = self.model.vector()
+
+    def after_step(self) -> None:
+        """The optimiser has moved."""
+        self.model.step += 1
+        if not self.active:
+            return
+        if self.guard.every and self.model.step % self.guard.every == 0:
+            if self.before is None:
+                raise InputError("after_step without before_step: call both around every optimiser step")
+            self.guard.shape_update(self.model, self.before)
+            self.before = None
+
+    def end(self) -> None:
+        """The last step is done; steps that were not looked at yet are looked at first."""
+        if not self.active:
+            return
+        if self.before is not None:
+            self.guard.shape_update(self.model, self.before)
+            self.before = None
+        self.guard.finish(self.model)
+
+    def save(self, folder: Path) -> None:
+        """Write the guard's state: tensors as safetensors, the rest as JSON, the JSON last."""
+        tensors, rest = self.guard.memory.state()
+        held = {f"memory.{name}": tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        if self.before is not None:
+            held["before"] = self.before.cpu()
+        save_file(held, folder / TENSORS)
+        about = {
+            "guard": type(self.guard).__name__,
+            "settings": repr(self.guard),
+            "step": self.model.step,
+            "space": self.model.space.digest,
+            "anchor": self.model.safety.fingerprint(),
+            **rest,
+        }
+        (folder / REST).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
+
+    def load(self, folder: Path) -> None:
+        """Put back what `save` wrote.
+
+        Raises:
+            InputError: it is not there, or of another guard, other settings, other parameters or another anchor.
+        """
+        try:
+            about = json.loads((folder / REST).read_text(encoding="utf-8"))
+            tensors = load_file(folder / TENSORS)
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"cannot resume the guard from {folder}: {error}. Resume from a checkpoint that was written with the "
+                "guard, or train afresh; going on without its state would leave the model unprotected"
+            ) from error
+        expected = {"guard": type(self.guard).__name__, "settings": repr(self.guard), "space": self.model.space.digest}
+        for key, value in expected.items():
+            if about[key] != value:
+                raise InputError(f"the guard saved in {folder} has {key} {about[key]}, this one {value}; use the same")
+        now = self.model.safety.fingerprint()
+        if abs(about["anchor"] - now) > SAME_ANCHOR * abs(now):
+            raise InputError(
+                f"the guard saved in {folder} protects another aligned model (fingerprint {about['anchor']:.6g}, here "
+                f"{now:.6g}): build the guard from the model that training began with, not from the checkpoint"
+            )
+        device = next(iter(self.model.parameters.values())).device
+        moved = {name: tensor.to(device) for name, tensor in tensors.items()}
+        self.before = moved.pop("before", None)
+        self.guard.memory.restore({name.removeprefix("memory."): t for name, t in moved.items()}, about)
+        self.model.step = int(about["step"])

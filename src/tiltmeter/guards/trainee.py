@@ -1,0 +1,155 @@
+"""The model under training as a guard sees it: one vector of weights, one of gradients, the optimiser's metric."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tiltmeter.errors import InputError, SpaceMismatch, UnsupportedModel
+from tiltmeter.geometry.space import ParameterSpace
+from tiltmeter.guards.safety import SafetySource
+
+#: Largest weight in the optimiser's metric, as a multiple of the median. Coordinates that have hardly seen a gradient
+#: would otherwise carry every correction, far beyond what the optimiser itself would ever move them.
+LARGEST_METRIC = 100.0
+
+
+@dataclass
+class Trainee:
+    """What is trained.
+
+    Attributes:
+        parameters: the trainable ones by name, live.
+        optimizer: torch's SGD, Adam or AdamW, or a wrapper that carries one as `.optimizer`.
+        safety: where guards learn what safety is.
+        step: optimiser steps finished.
+        seed: for guards that draw examples.
+    """
+
+    parameters: Mapping[str, nn.Parameter]
+    optimizer: Any
+    safety: SafetySource
+    step: int = 0
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.parameters:
+            raise UnsupportedModel(
+                "no parameter is trainable, so there is nothing to guard; unfreeze some, or add LoRA"
+            )
+        for name, p in self.parameters.items():
+            if type(p) is not nn.Parameter or not p.is_floating_point() or p.is_meta:
+                raise UnsupportedModel(
+                    f"cannot guard {name} ({type(p).__name__}, {p.dtype}, {p.device}): it is quantised, sharded or not "
+                    "loaded, so its updates cannot be shaped; train an adapter, or load the weights whole on one device"
+                )
+        if len({p.device for p in self.parameters.values()}) > 1:
+            raise UnsupportedModel("the trainable parameters are on several devices; guards need them on one")
+        self.space = ParameterSpace.of(self.parameters)
+        self.safety.space.require_same(self.space)
+        held = {id(p) for group in self.plain_optimizer.param_groups for p in group["params"]}
+        missing = [name for name, p in self.parameters.items() if id(p) not in held]
+        if missing:
+            raise SpaceMismatch(
+                f"the optimiser does not hold {missing[0]} ({len(missing)} of {len(self.parameters)} trainable "
+                "parameters): make the optimiser from the parameters of this model, or freeze the others"
+            )
+
+    @property
+    def plain_optimizer(self) -> torch.optim.Optimizer:
+        """The optimiser without accelerate's wrapper."""
+        inner = self.optimizer
+        while not isinstance(inner, torch.optim.Optimizer) or type(inner).__name__ == "AcceleratedOptimizer":
+            if not hasattr(inner, "optimizer"):
+                raise UnsupportedModel(f"{type(inner).__name__} is not an optimiser of torch; guards need its state")
+            inner = inner.optimizer
+        return inner
+
+    def vector(self) -> Tensor:
+        """A copy of the weights [n], at least float32."""
+        return self._flat({name: p.detach() for name, p in self.parameters.items()})
+
+    def write(self, vector: Tensor) -> None:
+        """Set the weights to a vector [n]."""
+        with torch.no_grad():
+            for name, part in self.space.split(vector).items():
+                self.parameters[name].copy_(part)
+
+    def gradient(self) -> Tensor:
+        """A copy of the gradient [n]; zero where there is none."""
+        return self._flat({n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in self.parameters.items()})
+
+    def write_gradient(self, vector: Tensor) -> None:
+        """Set the gradient to a vector [n]; a parameter without gradient gets one only where the vector is not zero."""
+        for name, part in self.space.split(vector).items():
+            p = self.parameters[name]
+            if p.grad is not None:
+                p.grad.copy_(part)
+            elif bool(part.any()):
+                p.grad = part.to(p.dtype).clone()
+
+    def preconditioner(self) -> Tensor | None:
+        """Diagonal D [n] of the optimiser's metric as it stands, up to scale; None for plain descent.
+
+        Adam's is 1 / (sqrt(v) + epsilon), v its bias-corrected second moment, at most `LARGEST_METRIC` times the
+        median; all ones before its first step.
+
+        Raises:
+            UnsupportedModel: the optimiser's metric is not known.
+        """
+        optimizer = self.plain_optimizer
+        if isinstance(optimizer, torch.optim.SGD):
+            return None
+        self.require_metric()
+        parts = {}
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                held = optimizer.state.get(p, {})
+                if "exp_avg_sq" not in held:
+                    parts[id(p)] = torch.ones_like(p)
+                    continue
+                corrected = held["exp_avg_sq"] / (1 - group["betas"][1] ** float(held["step"]))
+                parts[id(p)] = 1 / (corrected.sqrt() + group["eps"])
+        d = self._flat({name: parts[id(p)] for name, p in self.parameters.items()})
+        return (d / _middle(d)).clamp_(max=LARGEST_METRIC)
+
+    def require_metric(self) -> None:
+        """Check that the optimiser is one whose metric is known.
+
+        Raises:
+            UnsupportedModel: it is not.
+        """
+        optimizer = self.plain_optimizer
+        if not isinstance(optimizer, (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW)):
+            raise UnsupportedModel(
+                "this guard works in the optimiser's metric, which is known for SGD, Adam and AdamW of torch, "
+                f"not for {type(optimizer).__name__}: train with one of these, or choose a guard that works without "
+                "(replay, ewc, ema)"
+            )
+
+    def moved(self, before: Tensor) -> Tensor:
+        """The update [n] since `before`."""
+        return self.vector().sub_(before)
+
+    def _flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        flat = self.space.flatten(tensors)
+        return flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
+
+
+def _middle(d: Tensor) -> Tensor:
+    """Median of at most a million evenly spread entries: enough for a scale."""
+    return d[:: max(1, d.numel() // 2**20)].median()
+
+
+def require_examples(safety: SafetySource, least: int, what: str) -> None:
+    """Check that there are enough safety examples.
+
+    Raises:
+        InputError: there are not.
+    """
+    if safety.scores.m < least:
+        raise InputError(f"{what} needs at least {least} safety examples, got {safety.scores.m}; add safety prompts")
