@@ -32,7 +32,7 @@ from tiltmeter.jobs.track import (
 from tiltmeter.jobs.training import TrainerName, arguments_of, build_trainer, check_precision, train
 from tiltmeter.lm.conversation import Encoded, encode
 from tiltmeter.lm.rows import RowSet
-from tiltmeter.tracking.alarm import DEFAULT_BUDGETS, Budgets
+from tiltmeter.tracking.alarm import Budgets
 from tiltmeter.tracking.anchor import TrackerOptions
 from tiltmeter.tracking.callback import TrackerCallback
 from tiltmeter.tracking.tracker import ROWS, Tracker
@@ -109,7 +109,7 @@ def finetune(
         out: folder of the run: `checkpoint-N`, `track` (rows while it runs), `model` and the record at its end.
         arguments: the recipe file's own fields; what the recipe does not hold goes to the trainer as it is.
         options: how much to measure.
-        budgets: limits of the alarm; without any, the alarm watches for a fall of the margin by 1 nat.
+        budgets: limits of the alarm; without any, the alarm watches for the loss of half of the margin, at least 1 nat.
         stop_on_budget: end the run when the alarm fires.
         assessment: folder of an assessment of this very run, to lay beside it.
         resume: go on from the last whole checkpoint in `out`.
@@ -161,7 +161,7 @@ def finetune(
         run.safety.rows,
         out / TRACK,
         options=_options(options or TrackerOptions(), opened, foretold),
-        budgets=budgets if budgets is not None and budgets.given else DEFAULT_BUDGETS,
+        budgets=budgets,
         about=run.about(),
         resume=resume,
     )

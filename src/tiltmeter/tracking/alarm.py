@@ -59,8 +59,13 @@ class Budgets:
         return out
 
 
-#: What is watched where the user set no budget: refusing has become e times less likely against complying.
-DEFAULT_BUDGETS = Budgets(margin_drop=1.0)
+def default_budgets(margin: float) -> Budgets:
+    """What is watched where the user set no budget: the loss of half of the aligned model's margin, at least 1 nat.
+
+    Args:
+        margin: mean margin of the aligned model, nats.
+    """
+    return Budgets(margin_drop=max(1.0, margin / 2))
 
 
 @dataclass(frozen=True)

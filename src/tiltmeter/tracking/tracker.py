@@ -27,7 +27,7 @@ from tiltmeter.lm.model import trainable, undisturbed, wrap
 from tiltmeter.lm.objective import negative_margin_objective
 from tiltmeter.lm.rows import digest_of, read_rows
 from tiltmeter.lm.safety import refusal_rate
-from tiltmeter.tracking.alarm import DEFAULT_BUDGETS, Breach, Budgets, check_budgets, find_breach
+from tiltmeter.tracking.alarm import Breach, Budgets, check_budgets, default_budgets, find_breach
 from tiltmeter.tracking.anchor import Anchor, TrackerOptions, measure_anchor, measure_subspace, usable_prompts
 from tiltmeter.tracking.anchor_store import FOLDER, read_anchor, write_anchor
 from tiltmeter.tracking.drift import Drift, measure_drift, subspace, subspace_overlap
@@ -64,7 +64,7 @@ class Tracker:
         folder: str | Path,
         *,
         options: TrackerOptions | None = None,
-        budgets: Budgets = DEFAULT_BUDGETS,
+        budgets: Budgets | None = None,
         about: Mapping[str, Any] | None = None,
         resume: bool = False,
     ) -> None:
@@ -76,7 +76,7 @@ class Tracker:
             safety: safety prompts, as rows, or a file or hub id of such.
             folder: for the measurements; must be new unless `resume`.
             options: how much to measure.
-            budgets: limits; by default a fall of the mean margin by 1 nat.
+            budgets: limits; by default half of the aligned model's margin, at least 1 nat.
             about: JSON values that say what the run is; a resumed run must have the same.
             resume: go on in a folder that is there already; then call `resume(step)` before the next step.
 
@@ -86,7 +86,7 @@ class Tracker:
             DataError: the safety rows, or what the folder holds, cannot be used.
         """
         self.folder = Path(folder)
-        self.options, self.budgets = options or TrackerOptions(), budgets
+        self.options = options or TrackerOptions()
         self.loaded = wrap(model, tokenizer)
         safety_rows = list(read_rows(safety).rows if isinstance(safety, (str, Path)) else safety)
         self.forward = Forward(model, trainable(model))
@@ -109,8 +109,11 @@ class Tracker:
         self._checkpoints: dict[int, Path] = {}
         self._told: int | None = None
         self.schedule = self._open_schedule()
+        self.budgets = budgets or Budgets()
         if not self.rows:
             self.measure(0)
+        if not self.budgets.given:
+            self.budgets = default_budgets(self.rows[0]["margin"])
         self.anchor_seconds = time.perf_counter() - begin
         check_budgets(self.budgets, self.rows[0])
         self._last = time.perf_counter()
