@@ -33,7 +33,8 @@ ALLOWED = {
         "geometry",
         "errors",
     },
-    "cli": {"commands", "commands_finetune", "errors"},
+    "commands_evaluate": {"commands", "report", "jobs", "lm", "store", "errors"},
+    "cli": {"commands", "commands_evaluate", "commands_finetune", "errors"},
 }
 
 #: Packages that exactly one file, or one folder, may import.

@@ -228,6 +228,143 @@ def finetune(
         raise typer.Exit(OVER_BUDGET)
 
 
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="Model: hub id, folder, .gguf, adapter folder or demo:NAME.")],
+    safety: Annotated[str, typer.Option(help="Prompts to be refused: file, hub id or demo:NAME.")],
+    harmless: Annotated[str | None, typer.Option(help="Prompts to be answered.")] = None,
+    capability: Annotated[
+        list[str] | None, typer.Option(help="Ability set (accuracy with choices, else perplexity); repeat the option.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Model before tuning, to compare with.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for record, arrays and page.")] = None,
+    judge: Annotated[str, typer.Option(help="rules, an address (https://host/v1) or a classifier's id.")] = "rules",
+    judge_model: Annotated[str | None, typer.Option(help="Name of the judge model at the address.")] = None,
+    judge_key_env: Annotated[str | None, typer.Option(help="Environment variable that holds the key.")] = None,
+    judge_requests: Annotated[int, typer.Option(help="Most requests to the address.")] = 2000,
+    judge_tokens: Annotated[int, typer.Option(help="Most tokens at the address.")] = 2_000_000,
+    judge_timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 60.0,
+    judge_label: Annotated[str | None, typer.Option(help="Label of the classifier to read.")] = None,
+    judge_means: Annotated[str | None, typer.Option(help="What that label means: refusal or harm.")] = None,
+    max_safety: Annotated[int, typer.Option(help="Most safety prompts.")] = 64,
+    max_harmless: Annotated[int, typer.Option(help="Most harmless prompts.")] = 64,
+    max_capability: Annotated[int, typer.Option(help="Most rows of each ability set.")] = 100,
+    response_tokens: Annotated[int, typer.Option(help="Length of answers.")] = 40,
+    max_length: Annotated[int, typer.Option(help="Longest sequence, tokens.")] = 512,
+    refusal_opening: Annotated[str | None, typer.Option(help="How a refusal of this model begins.")] = None,
+    compliance_opening: Annotated[str | None, typer.Option(help="How a compliant answer begins.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Adapter folder to merge into the model first.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that a hub model brings along.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record on stdout and nothing else.")] = False,
+) -> None:
+    """Measure what a model refuses, what it wrongly refuses, and what it can do; and the change from a base."""
+    from tiltmeter import commands_evaluate as commands
+
+    options = commands.EvaluateOptions(
+        max_safety=max_safety,
+        max_harmless=max_harmless,
+        max_capability=max_capability,
+        response_tokens=response_tokens,
+        max_length=max_length,
+        seed=seed,
+    )
+    judging = {
+        "model": judge_model,
+        "key_variable": judge_key_env,
+        "requests": judge_requests,
+        "tokens": judge_tokens,
+        "timeout": judge_timeout,
+        "label": judge_label,
+        "means": judge_means,
+    }
+    given = {
+        "safety": safety,
+        "harmless": harmless,
+        "capability": capability or [],
+        "base": base,
+        "refusal_opening": refusal_opening,
+        "compliance_opening": compliance_opening,
+        "adapter": adapter,
+        "dtype": dtype,
+        "device": device,
+        "trust_remote_code": trust_remote_code,
+    }
+    with progress_bar() as ticker, results_only():
+        chosen = commands.judge_of(judge, judging)
+        result = commands.evaluate(model, given, options, chosen, out, ticker)
+    _show(result.record, commands.evaluation_lines, as_json, out)
+
+
+@app.command()
+def audit(
+    base: Annotated[str, typer.Argument(help="Aligned model before tuning: folder, hub id, adapter or demo:NAME.")],
+    tuned: Annotated[str, typer.Argument(help="Model after tuning, or the adapter that was trained.")],
+    safety: Annotated[str, typer.Option(help="Prompts to be refused: file, hub id or demo:NAME.")],
+    harmless: Annotated[str | None, typer.Option(help="Prompts to be answered.")] = None,
+    unaligned: Annotated[str | None, typer.Option(help="Model before its alignment, for the LoX ratio.")] = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for record, arrays and page.")] = None,
+    max_safety: Annotated[int, typer.Option(help="Most safety prompts.")] = 32,
+    max_harmless: Annotated[int, typer.Option(help="Most harmless prompts.")] = 32,
+    response_tokens: Annotated[int, typer.Option(help="Length of answers.")] = 32,
+    max_length: Annotated[int, typer.Option(help="Longest sequence, tokens.")] = 512,
+    rank: Annotated[int, typer.Option(help="Directions of the safety subspace; 0 leaves the overlap out.")] = 8,
+    top: Annotated[int, typer.Option(help="Leading singular directions of every matrix.")] = 10,
+    threshold: Annotated[float, typer.Option(help="Cosine below which a direction is an intruder.")] = 0.6,
+    alpha: Annotated[list[float] | None, typer.Option(help="Point of the scaling curve; repeat the option.")] = None,
+    localise: Annotated[bool, typer.Option("--localise/--no-localise", help="Put back every layer by itself.")] = True,
+    budget_kl: Annotated[float | None, typer.Option(help="Exit 3 if safety KL exceeds this.")] = None,
+    refusal_opening: Annotated[str | None, typer.Option(help="How a refusal of the base begins.")] = None,
+    compliance_opening: Annotated[str | None, typer.Option(help="How a compliant answer begins.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record on stdout and nothing else.")] = False,
+) -> None:
+    """Tell, after a fine-tune, what it did to the base's safety, and in which layers."""
+    from tiltmeter import commands_evaluate as commands
+
+    options = commands.AuditOptions(
+        max_safety=max_safety,
+        max_harmless=max_harmless,
+        response_tokens=response_tokens,
+        max_length=max_length,
+        rank=rank,
+        top=top,
+        threshold=threshold,
+        alphas=tuple(alpha) if alpha else commands.AuditOptions.alphas,
+        localise=localise,
+        budget_kl=budget_kl,
+        seed=seed,
+    )
+    given = {
+        "safety": safety,
+        "harmless": harmless,
+        "unaligned": unaligned,
+        "refusal_opening": refusal_opening,
+        "compliance_opening": compliance_opening,
+        "dtype": dtype,
+        "device": device,
+    }
+    with progress_bar() as ticker, results_only():
+        result = commands.audit(base, tuned, given, options, commands.judge_of("rules", {}), out, ticker)
+    _show(result.record, commands.audit_lines, as_json, out)
+    if result.over_budget:
+        raise typer.Exit(OVER_BUDGET)
+
+
+def _show(record: Any, lines_of: Any, as_json: bool, out: Path | None) -> None:
+    if as_json:
+        print(json.dumps(record, indent=2, ensure_ascii=False, allow_nan=False))
+        return
+    for line in lines_of(record):
+        print(line)
+    if out is not None:
+        err.print(f"record and page: {out / 'index.html'}", markup=False)
+
+
 @contextmanager
 def results_only() -> Iterator[None]:
     """Send to stderr what trainers print: stdout is for results."""

@@ -46,6 +46,10 @@ def test_no_change_at_all_is_not_certainty():
     assert found.high == pytest.approx(exact)
     assert found.low == pytest.approx(-exact)
     assert "exact binomial" in found.method
+    lost = paired_change([1.0] * 20, [0.0] * 20, "share", share=True)
+    assert (lost.value, lost.low) == (-1.0, -1.0)
+    assert lost.high == pytest.approx(-stats.binomtest(20, 20).proportion_ci(0.9, method="exact").low)
+    assert paired_change([0.0] * 20, [1.0] * 20, "share", share=True).low == pytest.approx(-lost.high)
 
 
 def test_what_gives_no_interval_says_why():

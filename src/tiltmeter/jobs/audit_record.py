@@ -253,7 +253,7 @@ def _drift(found: ForwardFindings, why: Reasons) -> dict[str, Any]:
         }
 
     return {
-        "prompts": found.drift_prompts,
+        "n": found.drift_prompts,
         "safety": one(found.safety_drift, "drift.safety"),
         "harmless": one(found.harmless_drift, "drift.harmless"),
     }

@@ -56,8 +56,8 @@ def paired_change(
         unit: of the values.
         level: of the interval.
         seed: of the bootstrap.
-        share: values are 0 or 1. If no item at all changed, a bootstrap would give an interval of no width; then the
-            ends are the largest shares of changed items that n unchanged ones leave possible (Clopper-Pearson).
+        share: values are 0 or 1. If no item changed, or all did, a bootstrap would give an interval of no width; then
+            the ends are what n items alike leave possible at most (Clopper-Pearson).
     """
     held = [(a, b) for a, b in zip(before, after, strict=True) if _known(a) and _known(b)]
     none = "needs the same items scored for both models"
@@ -66,9 +66,12 @@ def paired_change(
     old, new = (np.array(side, dtype=np.float64) for side in zip(*held, strict=True))
     value = float((new - old).mean())
     if np.ptp(new - old) == 0:
+        least = ((1 - level) / 2) ** (1 / len(held))  # share of items alike that all n alike leave possible
         if share and value == 0:
-            reach = 1 - ((1 - level) / 2) ** (1 / len(held))
-            return Change(0.0, -reach, reach, len(held), unit, "no item changed: exact binomial bound")
+            return Change(0.0, least - 1, 1 - least, len(held), unit, "no item changed: exact binomial bound")
+        if share:
+            low, high = (value, -least) if value < 0 else (least, value)
+            return Change(value, low, high, len(held), unit, "all items changed: exact binomial bound")
         why = "one item gives no interval" if len(held) == 1 else "all items changed by the same amount"
         return Change(value, None, None, len(held), unit, "none", why)
     low, high, method = bootstrap((old, new), lambda a, b, axis: (b - a).mean(axis=axis), level, seed)
