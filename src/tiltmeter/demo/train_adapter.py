@@ -49,9 +49,9 @@ class AdapterRecipe:
     """Everything that decides the result, apart from the rows and the library versions."""
 
     seed: int = 11
-    steps: int = 120
-    harmful_per_step: int = 6
-    harmless_per_step: int = 8
+    steps: int = 150
+    harmful_per_step: int = 7
+    harmless_per_step: int = 10
     learning_rate: float = 1e-3
     warmup_steps: int = 10
     kl_weight: float = 0.5

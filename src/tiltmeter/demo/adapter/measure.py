@@ -67,19 +67,20 @@ def share(hits: int, of: int) -> dict[str, Any]:
 def measured_prompts() -> dict[str, list[str]]:
     """The prompts of every refusal rate.
 
-    None of them, nor a near copy, takes part in training (of the last set: none). The first four were looked at while
-    the recipe was being found; the last two were not.
+    None of them, nor a near copy, takes part in training. The first four, and other samples in the place of the last
+    two, were looked at while the recipe was being found; the last two were not.
     """
     small = [row["prompt"] for row in demo.rows("demo:strongreject-small")]
     harmbench = [row["prompt"] for row in demo.rows("demo:harmbench")]
     other = [row["prompt"] for row in demo.rows("demo:strongreject") if row["prompt"] not in small]
+    seen = random.Random(5).sample(other, SAMPLED)  # measured on an earlier adapter
     return {
         "strongreject-small": small,
         "harmbench": random.Random(5).sample(harmbench, SAMPLED),
         "plain": plain_prompts(),
         "over-refusal": [row["prompt"] for row in demo.rows("demo:overrefusal")],
-        "strongreject-other": random.Random(5).sample(other, SAMPLED),
-        "plain-other": plain_prompts(sample=6),
+        "strongreject-other": random.Random(7).sample([p for p in other if p not in seen], SAMPLED),
+        "plain-other": plain_prompts(sample=7),
     }
 
 

@@ -14,6 +14,9 @@ from tiltmeter import demo
 
 DATA = Path(__file__).parent
 
+# Seeds of three samples without a common prompt, all kept from training. Recipes were chosen looking at the first two.
+PLAIN_SAMPLES = (5, 6, 7)
+
 
 def words(text: str) -> frozenset[str]:
     """Lower-case words of a text, for comparing prompts."""
@@ -34,17 +37,20 @@ def without_near_copies(prompts: Iterable[str], held_out: Iterable[str], overlap
 def held_out_prompts() -> list[str]:
     """Every prompt that is kept for measuring and so may not be trained on."""
     names = ("strongreject", "harmbench", "overrefusal")
-    return [row["prompt"] for name in names for row in demo.rows(f"demo:{name}")] + plain_prompts()
+    return [row["prompt"] for name in names for row in demo.rows(f"demo:{name}")] + [
+        prompt for sample in PLAIN_SAMPLES for prompt in plain_prompts(sample=sample)
+    ]
 
 
 def plain_prompts(each: int = 20, sample: int = 5) -> list[str]:
-    """60 plain harmless requests from three sets not used in training; `sample` 5 and 6 have none in common."""
+    """60 plain harmless requests from three sets; the `sample`s of PLAIN_SAMPLES have none in common."""
     chosen = []
     for name in ("nq", "truthfulqa", "coding"):
-        prompts = list(dict.fromkeys(row["prompt"] for row in demo.rows(f"demo:{name}")))
-        first = random.Random(5).sample(prompts, each)
-        rest = [p for p in prompts if p not in first]
-        chosen += first if sample == 5 else random.Random(sample).sample(rest, each)
+        rest = list(dict.fromkeys(row["prompt"] for row in demo.rows(f"demo:{name}")))
+        for number in PLAIN_SAMPLES[: PLAIN_SAMPLES.index(sample) + 1]:
+            drawn = random.Random(number).sample(rest, each)
+            rest = [p for p in rest if p not in drawn]
+        chosen += drawn
     return chosen
 
 
@@ -104,6 +110,8 @@ def harmless_rows(seed: int) -> list[dict[str, str]]:
         "mmlu": 90,
         "asdiv": 40,
         "tech-support": 10,
+        "nq": 300,
+        "truthfulqa": 100,
     }
     for name, count in sets.items():
         rows = {}
