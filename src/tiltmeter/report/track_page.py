@@ -50,7 +50,7 @@ def _view(record: Record, name: str) -> dict[str, Any]:
     header, rows = _measured_table(record)
     fired, given = bool(find(record, "alarm.fired")), bool(find(record, "alarm.given"))
     facts = (("Model", "model.name"), ("Safety set", "safety.name"), ("Tuning set", "tuning.name"))
-    skipped = ("curves", "comparison", "reasons", "layers")
+    skipped = ("curves", "comparison", "reasons", "arrays")
     return {
         "name": name,
         "level": level_text(record),

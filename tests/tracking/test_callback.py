@@ -1,0 +1,72 @@
+"""The callback in a Trainer: losses, rates, reporters, and the trainer's own log lines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import Trainer, TrainerCallback, TrainingArguments
+
+from tiltmeter.demo import rows
+from tiltmeter.jobs.training import Collator
+from tiltmeter.lm.conversation import encode
+from tiltmeter.tracking.callback import LOGGED, TrackerCallback
+from tiltmeter.tracking.tracker import Tracker
+
+
+class Reporter(TrainerCallback):
+    """Stands where TensorBoard's and W&B's callbacks stand: before those that users add."""
+
+    def __init__(self) -> None:
+        self.lines: list[tuple[int, dict[str, float]]] = []
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        self.lines.append((state.global_step, dict(logs)))
+
+
+@pytest.fixture
+def trained(aligned: Any, options: Any, tmp_path: Path) -> tuple[Tracker, Reporter, Any]:
+    model, tokenizer = aligned()
+    tracker = Tracker(model, tokenizer, rows("tiny-safety"), tmp_path / "track", options=options(every=4))
+    data = [
+        {"input_ids": list(e.tokens), "labels": list(e.labels)}
+        for e in encode(rows("tiny-copy")[:24], tokenizer, 64).examples
+    ]
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=2, gradient_accumulation_steps=3,
+        learning_rate=1e-3, warmup_steps=2, use_cpu=True, report_to="none", disable_tqdm=True, save_steps=3,
+        logging_steps=1, remove_unused_columns=False,
+    )  # fmt: skip
+    reporter = Reporter()
+    trainer = Trainer(model, arguments, Collator(tokenizer.pad_token_id), data, callbacks=[reporter])
+    trainer.add_callback(TrackerCallback(tracker, trainer.log))
+    trainer.train()
+    return tracker, reporter, trainer
+
+
+def test_losses_and_rates_are_the_trainers_own(trained: tuple[Tracker, Reporter, Any]) -> None:
+    tracker, reporter, _ = trained
+    logged = {step: line for step, line in reporter.lines if "loss" in line}
+    assert [row["step"] for row in tracker.rows] == [0, 1, 2, 3, 4, 6]  # 3 and 6 because checkpoints were saved
+    for row in tracker.rows[1:]:
+        assert row["task_loss"] == pytest.approx(logged[row["step"]]["loss"], rel=1e-5)
+    rates = [0.0, 5e-4, 1e-3, 7.5e-4, 5e-4, 2.5e-4]  # what linear warm-up over two of six steps gives
+    assert tracker.rows[-1]["flow_time"] == pytest.approx(sum(rates), rel=1e-9)
+    assert sorted(tracker._checkpoints) == [3, 6]
+
+
+def test_reporters_get_every_row_and_keep_the_trainers_lines(trained: tuple[Tracker, Reporter, Any]) -> None:
+    tracker, reporter, trainer = trained
+    ours = {step: line for step, line in reporter.lines if any(key.startswith("tiltmeter/") for key in line)}
+    assert list(ours) == [row["step"] for row in tracker.rows[1:]]
+    for row in tracker.rows[1:]:
+        for name in LOGGED:
+            assert ours[row["step"]].get(f"tiltmeter/{name}") == row[name]
+    assert [step for step, line in reporter.lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
+    assert any("tiltmeter/margin" in line for line in trainer.state.log_history)
+
+
+def test_nothing_is_left_on_the_model(trained: tuple[Tracker, Reporter, Any]) -> None:
+    tracker, _, _ = trained
+    assert not tracker.forward.model._forward_hooks
