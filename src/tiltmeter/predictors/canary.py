@@ -1,0 +1,152 @@
+"""A canary: a few percent of the steps really run, and the forecast as prior for the rest.
+
+The canary's mean slope of the margin and the forecast's are two estimates of one number. The forecast's error is taken
+as a fifth of it plus the distance between its straight and its curved path; the canary's is the luck of its few
+batches, carried to the end of the recipe. They are weighed by their inverse squares, and the change of slope is added
+to the forecast for the whole recipe. The KL is treated by its root, which grows like the path.
+
+Source: this project; the conjugate normal update.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from tiltmeter.geometry.metric import Adam, Sgd
+from tiltmeter.geometry.space import norm
+from tiltmeter.predictors.contract import CANARY_SHARE, Canary, Case, Risk, Trend, known, passes
+
+#: Relative error of the forecast's slope.
+PRIOR = 0.2
+
+
+def canary_steps(case: Case) -> int:
+    """Steps of a canary: a twentieth of the run, at least one."""
+    return max(1, round(CANARY_SHARE * case.clock.steps))
+
+
+def run_canary(case: Case) -> Canary:
+    """Run the recipe's optimiser on the sample's batches, one after the other; weight decay is left out.
+
+    Cost: a forward+backward pass over each batch, one forward pass over answers and openings.
+    """
+    if case.canary is not None:
+        return case.canary
+    steps = canary_steps(case)
+    moved = descend(case, steps)
+    margin = -case.negative_margin.losses(moved).double().cpu()
+    return Canary(steps, norm(moved), margin, case.divergence.losses(moved).double().cpu())
+
+
+def descend(case: Case, steps: int) -> Tensor:
+    """Displacement [n] after `steps` steps of torch's SGD or Adam, on flat vectors."""
+    metric, rates = case.metric, case.clock.rates.tolist()
+    moved: Tensor | None = None
+    first = second = torch.zeros(())
+    for index in range(steps):
+        gradient = case.tuning.gradient(case.batches[index % len(case.batches)], moved)
+        size = norm(gradient)
+        if case.clip is not None and size > case.clip:
+            gradient = gradient * (case.clip / size)
+        if isinstance(metric, Adam):
+            b1, b2 = metric.betas
+            first = first * b1 + gradient * (1 - b1)
+            second = second * b2 + gradient.square() * (1 - b2)
+            root = (second / (1 - b2 ** (index + 1))).sqrt_().add_(metric.epsilon)
+            step = first / (1 - b1 ** (index + 1)) / root
+        elif isinstance(metric, Sgd):
+            first = first * metric.momentum + gradient
+            step = gradient + metric.momentum * first if metric.nesterov else first
+        else:
+            raise TypeError(f"expected Sgd or Adam, got {type(metric).__name__}")
+        moved = step * -rates[index] if moved is None else moved - rates[index] * step
+    if moved is None:
+        raise ValueError("a canary has at least one step")
+    return moved
+
+
+def canary_margin(case: Case) -> Risk:
+    """Margin drop at the end, nats. Cost: the curved path's and the canary's."""
+    price = _price(case)
+    anchor = case.anchor_margin.double().cpu().mean()
+    drops = {name: anchor - v.margin.mean(-1) for name, v in case.measured.paths.items()}
+    canary = run_canary(case)
+    seen = float(anchor - canary.margin.mean())
+    noise = float(case.measured.margin_noise[canary.steps])
+    return _blend(case, drops, seen, noise, canary.steps, "nats", price, root=False)
+
+
+def canary_kl(case: Case) -> Risk:
+    """Safety KL at the end, nats per token. Cost: as `canary_margin`."""
+    price = _price(case)
+    factor = case.measured.kl_factor
+    roots = {
+        name: (v.safety_kl.mean(-1) * factor[list(v.steps)]).clamp_min(0).sqrt()
+        for name, v in case.measured.paths.items()
+    }
+    canary = run_canary(case)
+    seen = math.sqrt(max(0.0, float(canary.kl.mean())))
+    noise = float(case.measured.kl_noise[canary.steps]) * seen
+    return _blend(case, roots, seen, noise, canary.steps, "nats per token", price, root=True)
+
+
+def canary_length(case: Case) -> Risk:
+    """||delta|| of the canary: how far it moved, wherever to. Cost: the canary's steps."""
+    price = passes(case, tuning={"forward_backward": canary_steps(case) / len(case.batches)})
+    return known(run_canary(case).length, "parameter units", price, "the canary left the range of numbers")
+
+
+def _blend(
+    case: Case,
+    curves: dict[str, Tensor],
+    seen: float,
+    noise: float,
+    step: int,
+    unit: str,
+    price: float,
+    *,
+    root: bool,
+) -> Risk:
+    """The forecast with its slope moved towards the canary's."""
+    if "curved" not in curves:
+        return Risk(None, unit, price, reason="there is no forecast to correct")
+    steps = case.measured.paths["curved"].steps
+    covered, main = case.measured.covered, curves["curved"]
+    reached = float(covered[step])
+    if not reached > 0:
+        return Risk(None, unit, price, reason="the canary's steps have a learning rate of zero")
+    if math.isnan(noise):
+        return Risk(None, unit, price, reason="the noise of the canary's batches is not known")
+    told = _between(steps, main, covered, step)
+    stretch = float(covered[steps[-1]]) / reached
+    gap = float((curves["linear"][-1] - main[-1]).abs()) if "linear" in curves else 0.0
+    prior, heard = (PRIOR * abs(float(main[-1])) + gap) ** 2, (noise * stretch) ** 2
+    weight = prior / (prior + heard) if prior + heard > 0 else 0.0
+    change = weight * (seen - told) / reached
+    out = main + change * covered[list(steps)]
+    if root:
+        out = out.clamp_min(0).square()
+    curve = Trend(steps, tuple(out.tolist())) if bool(torch.isfinite(out).all()) else None
+    return known(float(out[-1]), unit, price, "the canary or the path left the range of numbers", curve)
+
+
+def _between(steps: tuple[int, ...], values: Tensor, covered: Tensor, step: int) -> float:
+    """A curve at a step between those of the grid, linear in flow time from zero at the anchor."""
+    at = [0.0, *(float(covered[s]) for s in steps)]
+    known_values: list[float] = [0.0, *values.tolist()]
+    here = float(covered[step])
+    for (left, low), (right, high) in zip(
+        zip(at, known_values, strict=True), zip(at[1:], known_values[1:], strict=True), strict=False
+    ):
+        if here <= right:
+            return low + (high - low) * (here - left) / (right - left) if right > left else high
+    return known_values[-1]
+
+
+def _price(case: Case) -> float:
+    points = {"forward": float(len(case.measured.paths["curved"].steps) if "curved" in case.measured.paths else 0) + 1}
+    share = canary_steps(case) / len(case.batches)
+    return passes(case, tuning={"forward_backward": 2 + share}, safety=points, margin=points)
