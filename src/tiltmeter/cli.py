@@ -271,7 +271,7 @@ def evaluate(
         max_length=max_length,
         seed=seed,
     )
-    judging = {
+    judging: dict[str, Any] = {
         "model": judge_model,
         "key_variable": judge_key_env,
         "requests": judge_requests,
@@ -293,7 +293,7 @@ def evaluate(
         "trust_remote_code": trust_remote_code,
     }
     with progress_bar() as ticker, results_only():
-        chosen = commands.judge_of(judge, judging)
+        chosen = commands.judge_of(judge, **judging)
         result = commands.evaluate(model, given, options, chosen, out, ticker)
     _show(result.record, commands.evaluation_lines, as_json, out)
 
@@ -349,7 +349,7 @@ def audit(
         "device": device,
     }
     with progress_bar() as ticker, results_only():
-        result = commands.audit(base, tuned, given, options, commands.judge_of("rules", {}), out, ticker)
+        result = commands.audit(base, tuned, given, options, commands.judge_of("rules"), out, ticker)
     _show(result.record, commands.audit_lines, as_json, out)
     if result.over_budget:
         raise typer.Exit(OVER_BUDGET)
@@ -370,6 +370,26 @@ def results_only() -> Iterator[None]:
     """Send to stderr what trainers print: stdout is for results."""
     with redirect_stdout(sys.stderr):
         yield
+
+
+@app.command()
+def validate(
+    plan: Annotated[Path, typer.Argument(help="YAML plan: model, prompts, sets, seeds, recipes.")],
+    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the validation; finished cells in it are kept.")],
+    limit: Annotated[int | None, typer.Option(help="Run at most so many cells now.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the summary on stdout and nothing else.")] = False,
+) -> None:
+    """Put the forecasts on trial: assess, fine-tune for real, compare, over many sets; goes on where it was stopped."""
+    from tiltmeter import commands_validate as commands
+
+    with progress_bar() as ticker, results_only():
+        result = commands.validate(plan, out, limit, ticker)
+    if as_json:
+        print(json.dumps(result.record, indent=2, ensure_ascii=False, allow_nan=False))
+    else:
+        for line in commands.lines(result.record):
+            print(line)
+        err.print(f"summary and page: {out / 'index.html'}", markup=False)
 
 
 @app.command()

@@ -4,44 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any
 
 from tiltmeter import store
 from tiltmeter.commands import Ticker
-from tiltmeter.errors import InputError
 from tiltmeter.jobs.audit import Audit, AuditOptions
 from tiltmeter.jobs.audit import audit as run_audit
 from tiltmeter.jobs.audit_words import lines_of as audit_lines
 from tiltmeter.jobs.evaluate import EvaluateOptions, Evaluation
 from tiltmeter.jobs.evaluate import evaluate as run_evaluate
 from tiltmeter.jobs.evaluate_words import lines_of as evaluation_lines
-from tiltmeter.lm.classifier import load_classifier
-from tiltmeter.lm.judging import Judge, RuleJudge
-from tiltmeter.lm.strongreject import KEY_VARIABLE, EndpointJudge, Limits
+from tiltmeter.jobs.judges import judge_of
+from tiltmeter.lm.judging import Judge
 from tiltmeter.report.result_page import write_result_page
 
 __all__ = ["AuditOptions", "EvaluateOptions", "audit", "audit_lines", "evaluate", "evaluation_lines", "judge_of"]
-
-
-def judge_of(name: str, given: Mapping[str, Any]) -> Judge:
-    """The judge a user named: "rules", the address of an endpoint, or a classifier.
-
-    Args:
-        name: as given with --judge.
-        given: model, key_variable, requests, tokens and timeout of an endpoint; label and means of a classifier.
-
-    Raises: InputError: what this kind of judge needs is missing, or means is unknown. ModelError: no such classifier.
-    """
-    if name == "rules":
-        return RuleJudge()
-    if "://" in name:
-        if not given["model"]:
-            raise InputError("a judge at an address needs --judge-model, the name of the judge model there")
-        limits = Limits(given["requests"], given["tokens"], given["timeout"])
-        return EndpointJudge(name, given["model"], given["key_variable"] or KEY_VARIABLE, limits)
-    if given["means"] not in (None, "refusal", "harm"):
-        raise InputError(f"--judge-means must be refusal or harm, got {given['means']!r}")
-    return load_classifier(name, label=given["label"], means=cast("Literal['refusal', 'harm'] | None", given["means"]))
 
 
 def evaluate(
