@@ -89,14 +89,14 @@ def measure_slope(
                 total = _add(total, gradient)
             del gradient  # before the next one is made
         if len(parts) > 1:
-            kept.append(_narrow(total.div_(len(members))))
+            kept.append(narrow(total.div_(len(members))))
         del total
     mean.div_(count)
     spread = square.div_(count).addcmul_(mean, mean, value=-1).clamp_min_(0).sqrt_()
     if count == 1:
         spread.zero_()
     weights = torch.stack([batches[members].mean(0) for members in parts])
-    return Slope(mean, _narrow(spread), tuple(kept) or (mean,), weights, torch.tensor(norms, dtype=torch.float64))
+    return Slope(mean, narrow(spread), tuple(kept) or (mean,), weights, torch.tensor(norms, dtype=torch.float64))
 
 
 def _add(total: Tensor, vector: Tensor) -> Tensor:
@@ -149,16 +149,19 @@ def measure_acceleration(objective: Objective, slope: Slope) -> Acceleration:
         return objective.hvp(gradient, slope.group_weights[here].mean(0))
 
     if len(parts) == 2:
-        first = _narrow(cross(parts[0], parts[1]))
+        first = narrow(cross(parts[0], parts[1]))
         second = cross(parts[1], parts[0])
     else:
-        first = _narrow(cross(parts[0], parts[1]).add_(cross(parts[1], parts[0])).div_(2))
-        second = cross(parts[2], parts[3]).add_(cross(parts[3], parts[2])).div_(2)
-    scatter = _narrow(torch.sub(first, second).div_(2))
+        # what waits for the next product is kept narrow: this is where memory is fullest
+        waiting = narrow(cross(parts[0], parts[1]))
+        first = narrow(cross(parts[1], parts[0]).add_(waiting).div_(2))
+        waiting = narrow(cross(parts[2], parts[3]))
+        second = cross(parts[3], parts[2]).add_(waiting).div_(2)
+    scatter = narrow(torch.sub(first, second).div_(2))
     return Acceleration(second.add_(first).div_(2), scatter)
 
 
-def _narrow(vector: Tensor) -> Tensor:
+def narrow(vector: Tensor) -> Tensor:
     """A vector [n] in bfloat16 (three digits) where n is large."""
     return vector.to(torch.bfloat16) if vector.numel() > LARGE else vector
 

@@ -19,6 +19,7 @@ from tiltmeter.geometry.motion import (
     measure_coupling,
     measure_krylov,
     measure_slope,
+    narrow,
 )
 from tiltmeter.geometry.noise import RowNoise, row_noise
 from tiltmeter.geometry.path import CurvedPath, KrylovPath, LinearPath, Path, pieces
@@ -119,7 +120,7 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
         paths["krylov"] = KrylovPath(metric, clock, krylov)
     report("gradient along the path")
     probe_step = max(1, clock.steps // 2)
-    where = linear.displacement(probe_step)
+    where = narrow(linear.displacement(probe_step))  # the path through the probe needs no more digits
     probe = measure_slope(objective, tuning.batches, clip=clip, displacement=where, groups=1)
     del where
     probe = replace(probe, spread=probe.spread.mul_(tuning.spread_factor))
