@@ -22,6 +22,7 @@ from tiltmeter.jobs.finetune import finetune
 from tiltmeter.jobs.inputs import open_model
 from tiltmeter.jobs.recipe import Lora, Recipe, recipe_of
 from tiltmeter.jobs.subject import Options, with_lora
+from tiltmeter.jobs.track import check_same_run
 from tiltmeter.jobs.training import arguments_of
 from tiltmeter.report.track_page import render_track_page
 from tiltmeter.tracking.alarm import Budgets
@@ -123,6 +124,18 @@ def test_a_forecast_is_laid_beside_the_run_it_speaks_of(tmp_path: Path) -> None:
     assert page == render_track_page([store.read_record(tmp_path / "run")[0]], "A run")
     with pytest.raises(InputError, match=r"another run: recipe\.learning_rate was 0\.0005, here it is 0\.001"):
         run(replace(FULL, learning_rate=1e-3), tmp_path / "other", assessment=tmp_path / "told")
+
+
+def test_a_forecast_read_from_disk_is_of_the_same_run() -> None:
+    here = {part: {"digest": part} for part in ("model", "safety", "tuning")} | {"recipe": LORA.as_dict()}
+    check_same_run(json.loads(json.dumps(here)), here)
+    other = json.loads(json.dumps(here))
+    other["recipe"]["lora"]["targets"] = ["q_proj"]
+    with pytest.raises(InputError, match=r"recipe\.lora was"):
+        check_same_run(other, here)
+    other = {**here, "tuning": {"digest": "another"}}
+    with pytest.raises(InputError, match=r"tuning\.digest was 'another', here it is 'tuning'"):
+        check_same_run(other, here)
 
 
 def test_the_alarm_stops_the_run_and_names_the_checkpoint(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -143,7 +144,7 @@ def check_same_run(assessment: Mapping[str, Any], run: Mapping[str, Any]) -> Non
         InputError: model, data or recipe differ; names the first difference.
     """
     for part, keys in (("model", ("digest",)), ("safety", ("digest",)), ("tuning", ("digest",)), ("recipe", ())):
-        there, here = assessment[part], run[part]
+        there, here = assessment[part], json.loads(json.dumps(run[part]))  # as it is read back: lists, no tuples
         for key in keys or sorted(there.keys() & here.keys()):
             if there[key] != here[key]:
                 raise InputError(
