@@ -31,10 +31,10 @@ from tiltmeter.guards.trainee import Trainee, require_examples
 DENSE = 2**26
 
 #: Shares of the budget at which replay begins, a pull-back begins, and a pull-back ends.
-REPLAY, CEILING, RESERVE = 0.5, 0.9, 0.75
+REPLAY, CEILING, RESERVE = 0.3, 0.9, 0.6
 
 #: Safety examples in a step of replay.
-REPLAYED = 8
+REPLAYED = 16
 
 #: Rotation (one minus mean squared cosine) above which directions are measured twice, below which half as often.
 TURNED, STILL = 0.4, 0.1
@@ -88,7 +88,7 @@ class CurvatureBudget:
         self._measure(model)
 
     def shape_gradient(self, model: Trainee) -> None:
-        """Add the gradient of the safety KL while replay is called for. Cost: then a backward pass over 8 examples."""
+        """Add the gradient of the safety KL while replay is called for. Cost: then a backward pass over 16 examples."""
         if not self.memory.numbers["replaying"]:
             return
         divergence = model.safety.divergence
@@ -97,11 +97,13 @@ class CurvatureBudget:
         if length > 0:
             share = self.strength * self.replay_share * norm(task) / length
             model.write_gradient(task.add_(safety.to(task), alpha=share))
+            self.memory.tensors["rise"] = safety
 
     def shape_update(self, model: Trainee, before: Tensor) -> None:
         """Hold the update to the ellipsoid; measure directions and held-out KL when due."""
         numbers = self.memory.numbers
         self._project(model, before)
+        self._level(model, before)
         if self.check and model.step >= numbers["next_check"]:
             self._control(model)
         if model.step >= numbers["next_refresh"]:
@@ -177,6 +179,17 @@ class CurvatureBudget:
                 )
             self.memory.numbers["held"] = self.memory.numbers.get("held", 0) + 1
         tensors["z"] = z
+
+    def _level(self, model: Trainee, before: Tensor) -> None:
+        """While KL is felt, take out of the update what raises it to first order; the slope is known from replay."""
+        slope = self.memory.tensors.pop("rise", None)
+        if slope is None or (rise := dot(slope, model.moved(before).to(slope))) <= 0:
+            return
+        d = model.preconditioner()
+        direction = slope if d is None else slope * d
+        move = direction.mul(-self.strength * rise / dot(slope, direction))
+        model.write(model.vector().add_(move))
+        self.memory.tensors["z"] += self._basis(model).coordinates(move).double().cpu()
 
     def _metric(self, basis: Basis, d: Tensor | None) -> Tensor:
         """V'DV [k, k]. Cost: k^2 / 2 inner products, or 2 k passes over the examples in a large space."""

@@ -1,0 +1,292 @@
+"""Every guard on the same fine-tunes: what was learned, what was kept, what it cost.
+
+    python benchmarks/guards.py                     the plan "tiny": demo:tiny, minutes on one core
+    python benchmarks/guards.py --plan aligned      the plan "aligned": demo:aligned, hours; see --list
+    python benchmarks/guards.py --plan aligned --only budget- --only none-
+    python benchmarks/guards.py --list              runs of the plan, without running them
+    python benchmarks/guards.py --page              write the page from the committed results
+
+Every run leaves its own file, so a plan that was interrupted goes on where it was; finished runs are gathered in
+benchmarks/results/guards.json. The guard's safety prompts and the ones that are measured are different ones.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tiltmeter.errors import TiltmeterError
+from tiltmeter.guards.session import Session
+from tiltmeter.guards.token_loss import ConstrainedTokens
+from tiltmeter.guards.trainee import Trainee
+from tiltmeter.jobs.guarding import guard_named, safety_source
+from tiltmeter.jobs.inputs import Opened, open_model, open_rows
+from tiltmeter.jobs.provenance import provenance
+from tiltmeter.jobs.recipe import Lora
+from tiltmeter.jobs.subject import with_lora
+from tiltmeter.lm.conversation import Example, batches, encode
+from tiltmeter.lm.divergence import divergence_objective
+from tiltmeter.lm.forward import Forward, negative_log_likelihood
+from tiltmeter.lm.generation import generate
+from tiltmeter.lm.judge import judge_refusal
+from tiltmeter.lm.model import trainable
+from tiltmeter.lm.objective import negative_margin_objective
+from tiltmeter.lm.safety import prepare_safety, refusal_rate
+from tiltmeter.store import write_text
+
+RESULTS = Path(__file__).parent / "results"
+PARTS = RESULTS / "guards.parts"
+
+#: Strengths that each guard is run at; the first is its default.
+STRENGTHS = {
+    "none": [0.0],
+    "budget": [0.05, 0.2, 0.01],  # the budget in nats: that is the knob of this one
+    "gradient": [1.0],
+    "gu": [1.0],
+    "safegrad": [1.0],
+    "ewc": [10.0],
+    "alignguard": [10.0],
+    "safe_lora": [1.0],
+    "token_loss": [1.0],
+    "replay": [1.0, 0.1],
+    "lisa": [1.0],
+    "ema": [0.98],
+    "lox": [1.0],
+    "freeze": [0.5],
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is run: model, safety prompts, tuning sets, recipes."""
+
+    model: str
+    safety: str
+    guarded: int
+    measured: int
+    harmless: str
+    sets: tuple[str, ...]
+    harmful: str
+    regimes: dict[str, tuple[Lora | None, float]]
+    seeds: tuple[int, ...]
+    steps: int
+    batch: int
+    max_length: int
+    response_tokens: int
+    max_tokens: int
+    minutes: float
+
+
+PLANS = {
+    "tiny": Plan(
+        "demo:tiny", "demo:tiny-safety", 48, 64, "demo:tiny-known", ("demo:tiny-copy", "demo:tiny-copy+10%"),
+        "demo:tiny-harmful", {"full": (None, 3e-4), "lora": (Lora(8, 16.0), 1e-3)}, (0, 1), 120, 8, 64, 10, 4096, 0.2,
+    ),
+    "aligned": Plan(
+        "demo:aligned", "demo:strongreject", 48, 64, "demo:general-qa",
+        ("demo:gsm8k", "demo:general-qa", "demo:stdlib-code", "demo:gsm8k+10%"),
+        "demo:harmful-openings", {"lora": (Lora(8, 16.0), 3e-4), "full": (None, 2e-5)}, (0, 1), 60, 8, 192, 24, 768, 25,
+    ),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Run:
+    """One fine-tune under one guard."""
+
+    guard: str
+    strength: float
+    set: str
+    seed: int
+    regime: str
+
+    @property
+    def name(self) -> str:
+        """Of its file."""
+        tuned = self.set.removeprefix("demo:").replace("%", "")
+        return f"{self.guard}-{self.strength:g}-{tuned}-{self.regime}-{self.seed}"
+
+
+def runs_of(plan: Plan) -> list[Run]:
+    """All runs, the unguarded and ours first."""
+    pairs = [(guard, s) for guard, values in STRENGTHS.items() for s in values]
+    every = itertools.product(plan.seeds, plan.regimes, plan.sets, pairs)
+    return [Run(guard, s, tuned, seed, regime) for seed, regime, tuned, (guard, s) in every]
+
+
+def tuning_of(plan: Plan, name: str, tokenizer: Any) -> tuple[list[Example], list[Example]]:
+    """Examples to learn from, and held-out ones of the task; "+10%" puts harmful rows among the first."""
+    rows = open_rows(name.partition("+")[0]).rows
+    kept = len(rows) // 4
+    train, test = list(rows[:-kept]), list(rows[-kept:])
+    if name.endswith("+10%"):
+        train += open_rows(plan.harmful).rows[: max(1, len(train) // 9)]
+    return [list(encode(part, tokenizer, plan.max_length).examples) for part in (train, test[:64])]  # type: ignore[return-value]
+
+
+def opened_for(plan: Plan, regime: str, seed: int) -> Opened:
+    """The aligned model with its trainable parameters marked."""
+    return with_lora(open_model(plan.model), plan.regimes[regime][0], seed)
+
+
+def base_for(plan: Plan) -> Any:
+    """A base for Safe LoRA and LoX: demo:base, or demo:tiny trained to comply, since it has no base of its own."""
+    if plan.model == "demo:aligned":
+        return open_model("demo:base").loaded.model
+    opened = open_model(plan.model)
+    forward = Forward(opened.loaded.model.requires_grad_(True), trainable(opened.loaded.model))
+    examples = encode(open_rows(plan.harmful).rows, opened.loaded.tokenizer, plan.max_length).examples
+    optimizer = torch.optim.AdamW(forward.parameters.values(), lr=1e-3, weight_decay=0.0)
+    for step in range(60):
+        chosen = [examples[i % len(examples)] for i in range(8 * step, 8 * step + 8)]
+        optimizer.zero_grad()
+        loss_of(forward, chosen, plan, opened.loaded.tokenizer.pad_token_id).backward()
+        optimizer.step()
+    return opened.loaded.model
+
+
+def loss_of(
+    forward: Forward, chosen: list[Example], plan: Plan, pad: int, tokens: ConstrainedTokens | None = None
+) -> torch.Tensor:
+    """Mean loss per supervised token, or the constrained one."""
+    count = sum(example.supervised for example in chosen)
+    total = torch.zeros(())
+    for _, batch in batches(chosen, pad, plan.max_tokens):
+        if tokens is not None:
+            outputs = forward.model(input_ids=batch.tokens, use_cache=False)
+            total = total + tokens.trainer_loss(outputs, batch.labels, count)
+        else:
+            logits, labels = forward.logits(dict(forward.parameters), batch)
+            total = total + negative_log_likelihood(logits, labels).sum() / count
+    return total
+
+
+def train(run: Run, plan: Plan, opened: Opened, session: Session, examples: list[Example]) -> tuple[float, float]:
+    """Seconds of processor time for the steps as they are, and for the guard's part in them."""
+    forward = Forward(opened.loaded.model, session.model.parameters)
+    pad, guard = opened.loaded.tokenizer.pad_token_id, session.guard
+    tokens = guard if isinstance(guard, ConstrainedTokens) and guard.strength > 0 else None
+    generator = torch.Generator().manual_seed(run.seed)
+    order: list[int] = []
+    own = theirs = 0.0
+    for _ in range(plan.steps):
+        if len(order) < plan.batch:
+            order = torch.randperm(len(examples), generator=generator).tolist()
+        chosen = [examples[order.pop()] for _ in range(plan.batch)]
+        begin = time.process_time()
+        session.model.optimizer.zero_grad()
+        loss_of(forward, chosen, plan, pad, tokens).backward()
+        torch.nn.utils.clip_grad_norm_(list(forward.parameters.values()), 1.0)
+        between = time.process_time()
+        session.before_step()
+        ready = time.process_time()
+        session.model.optimizer.step()
+        moved = time.process_time()
+        session.after_step()
+        own += between - begin + moved - ready
+        theirs += ready - between + time.process_time() - moved
+    session.end()
+    return own, theirs
+
+
+def execute(run: Run, plan: Plan) -> dict[str, Any]:
+    """One run, measured on prompts that the guard never saw."""
+    torch.manual_seed(run.seed)
+    opened = opened_for(plan, run.regime, run.seed)
+    model, tokenizer, pad = opened.loaded.model, opened.loaded.tokenizer, opened.loaded.tokenizer.pad_token_id
+    rows = open_rows(plan.safety).rows
+    asked = rows[plan.guarded : plan.guarded + plan.measured]
+    openings = {"refusal_opening": opened.refusal_opening, "compliance_opening": opened.compliance_opening}
+    length = {"max_length": plan.max_length, "response_tokens": plan.response_tokens}
+    safety = prepare_safety(opened.loaded, asked, limit=plan.measured, **length, **openings)
+    forward = Forward(model, trainable(model))
+    divergence = divergence_objective(forward, safety.responses, pad, plan.max_tokens)
+    margin = negative_margin_objective(forward, safety.refusals, safety.compliances, pad, plan.max_tokens)
+    learned, task = tuning_of(plan, run.set, tokenizer)
+    base = base_for(plan) if run.guard in ("safe_lora", "lox") else None
+    knob = {"budget_kl": run.strength} if run.guard == "budget" else {"strength": run.strength}
+    guard = guard_named(run.guard, opened, tuning=learned, base=base, **knob)
+    source = safety_source(opened, rows[: plan.guarded], limit=plan.guarded, **length)
+    optimizer = torch.optim.AdamW(forward.parameters.values(), lr=plan.regimes[run.regime][1], weight_decay=0.0)
+    session = Session(guard, Trainee(dict(forward.parameters), optimizer, source, 0, run.seed))
+    before = {"task_loss": _task_loss(forward, task, plan, pad), "margin": float(-margin.losses().mean())}
+    begin = time.process_time()
+    session.begin()
+    start = time.process_time() - begin
+    own, theirs = train(run, plan, opened, session, learned)
+    held = [*guard.memory.tensors.values(), *([] if session.before is None else [session.before])]
+    answers = generate(opened.loaded, _prompts(asked), plan.response_tokens)
+    harmless = generate(opened.loaded, _prompts(open_rows(plan.harmless).rows[:64]), plan.response_tokens)
+    refused, over = (refusal_rate([judge_refusal(a) for a in said]) for said in (answers, harmless))
+    return {
+        **asdict(run),
+        "task_loss": _task_loss(forward, task, plan, pad),
+        "heldout_kl": float(divergence.losses().mean()),
+        "margin": float(-margin.losses().mean()),
+        "refusal_rate": refused.value,
+        "over_refusal_rate": over.value,
+        "step_time_ratio": (own + theirs) / own,
+        "extra_memory_gb": sum(t.numel() * t.element_size() for t in held) / 1e9,
+        "start_seconds": start,
+        "anchor": {**before, "refusal_rate": safety.refusal_rate().value},
+        "log": [[d.step, d.what, d.why] for d in guard.memory.log[:20]],
+    }
+
+
+def _prompts(rows: Any) -> list[Any]:
+    return [row["prompt"] for row in rows]
+
+
+def _task_loss(forward: Forward, examples: list[Example], plan: Plan, pad: int) -> float:
+    with torch.no_grad():
+        return float(loss_of(forward, examples, plan, pad))
+
+
+def gather(name: str, plan: Plan) -> dict[str, Any]:
+    """All finished runs of a plan, put beside those of the other plans."""
+    path = RESULTS / "guards.json"
+    held = json.loads(path.read_text()) if path.is_file() else {}
+    done = [PARTS / name / f"{run.name}.json" for run in runs_of(plan)]
+    runs = [json.loads(part.read_text()) for part in done if part.is_file()]
+    others = [run for run in held.get("runs", []) if run["plan"] != name]
+    plans = {**held.get("plans", {}), name: {**asdict(plan), **provenance("cpu")}}
+    return {"runs": others + [{"plan": name, **run} for run in runs], "plans": plans}
+
+
+def main() -> None:
+    """Run what is missing of a plan, and gather."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--plan", choices=sorted(PLANS), default="tiny")
+    parser.add_argument("--only", action="append", default=[], help="runs whose name begins so; may be repeated")
+    parser.add_argument("--list", action="store_true")
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    plan = PLANS[given.plan]
+    chosen = [r for r in runs_of(plan) if not given.only or any(r.name.startswith(p) for p in given.only)]
+    folder = PARTS / given.plan
+    missing = [run for run in chosen if not (folder / f"{run.name}.json").is_file()]
+    print(f"{len(chosen)} runs, {len(missing)} to do, about {plan.minutes:g} minutes each on one core")
+    if given.list:
+        print("\n".join(run.name for run in missing))
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for number, run in enumerate(missing, 1):
+        try:
+            found = execute(run, plan)
+        except TiltmeterError as error:  # a guard that refuses says so in the table
+            found = {**asdict(run), "refused": str(error)}
+        write_text(folder / f"{run.name}.json", json.dumps(found, indent=1) + "\n")
+        shown = {key: found[key] for key in ("task_loss", "heldout_kl", "refusal_rate") if key in found}
+        print(f"{number}/{len(missing)} {run.name} {found.get('refused', shown)}", flush=True)
+    write_text(RESULTS / "guards.json", json.dumps(gather(given.plan, plan), indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

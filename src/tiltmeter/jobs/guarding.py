@@ -1,0 +1,142 @@
+"""Guards by name, ready for a fine-tune: the safety set in tokens, and what alignment changed in the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiltmeter.errors import InputError, UnsupportedModel
+from tiltmeter.guards.alignment import plain_name
+from tiltmeter.guards.budget import DENSE, CurvatureBudget
+from tiltmeter.guards.callback import GuardCallback
+from tiltmeter.guards.contract import Guard
+from tiltmeter.guards.language import LanguageSafety
+from tiltmeter.guards.lox import Extrapolation
+from tiltmeter.guards.names import GUARDS
+from tiltmeter.guards.safe_lora import SafeLora
+from tiltmeter.guards.token_loss import ConstrainedTokens, token_references
+from tiltmeter.jobs.inputs import Opened
+from tiltmeter.lm.conversation import Example
+from tiltmeter.lm.model import trainable
+from tiltmeter.lm.safety import prepare_safety
+
+#: Steps between two projections where the directions are too many numbers to keep.
+EVERY_IN_LARGE_SPACES = 8
+
+
+def guard_named(
+    name: str,
+    opened: Opened,
+    *,
+    strength: float | None = None,
+    budget_kl: float = 0.05,
+    tuning: Sequence[Example] = (),
+    base: Any = None,
+) -> Guard:
+    """A guard by the name it has on the command line.
+
+    Args:
+        name: one of `guards.names.GUARDS`.
+        opened: the aligned model, with the parameters to be trained marked.
+        strength: as the guard understands it; None for its own default.
+        budget_kl: for `budget`, nats per token.
+        tuning: tuning examples in tokens, for `token_loss`.
+        base: the model that the aligned one was made from, for `safe_lora` and `lox`.
+
+    Raises:
+        InputError: no such guard, or it lacks what it needs.
+    """
+    if name not in GUARDS:
+        raise InputError(f"unknown guard {name!r}; expected one of {', '.join(sorted(GUARDS))}")
+    kind, given = GUARDS[name], dict[str, Any]() if strength is None else {"strength": strength}
+    model = opened.loaded.model
+    if kind is CurvatureBudget:
+        large = 8 * sum(p.numel() for p in trainable(model).values()) > DENSE
+        return CurvatureBudget(budget_kl=budget_kl, every=EVERY_IN_LARGE_SPACES if large else 1, **given)
+    if kind is ConstrainedTokens:
+        if not tuning:
+            raise InputError("guard token_loss needs the tuning examples, to know what the aligned model makes of them")
+        return ConstrainedTokens(token_references(model, tuning, opened.loaded.tokenizer.pad_token_id), **given)
+    if kind is SafeLora or kind is Extrapolation:
+        if base is None:
+            raise InputError(f"guard {name} needs the base model that the aligned one was made from; give it as base")
+        wanted = None if kind is Extrapolation else {plain_name(key) for key in trainable(model)}
+        return kind(alignment_of(model, base, wanted), **given)
+    guard: Guard = kind(**given)
+    return guard
+
+
+def alignment_of(aligned: Any, base: Any, wanted: set[str] | None = None) -> Mapping[str, Tensor]:
+    """V = W_aligned - W_base of the two-dimensional weights, by plain name.
+
+    Raises:
+        UnsupportedModel: the two have no weight in common, or of different shape.
+    """
+    theirs = {plain_name(name): p.detach() for name, p in base.named_parameters()}
+    out = {}
+    for name, p in aligned.named_parameters():
+        key = plain_name(name)
+        if ".lora_" in name or p.ndim != 2 or key not in theirs or (wanted is not None and key not in wanted):
+            continue
+        if p.shape != theirs[key].shape:
+            raise UnsupportedModel(
+                f"{key} has shape {tuple(p.shape)} in the aligned model and {tuple(theirs[key].shape)} in its base"
+            )
+        out[key] = p.detach().float() - theirs[key].to(p.device).float()
+    if not any(bool(v.any()) for v in out.values()):
+        raise UnsupportedModel(
+            "the base does not differ from the aligned model in any weight that is trained: give the model from before "
+            "alignment"
+        )
+    return out
+
+
+def safety_source(
+    opened: Opened, rows: Sequence[dict[str, Any]], *, limit: int = 48, max_length: int = 512, response_tokens: int = 24
+) -> LanguageSafety:
+    """What guards may know of the model's safety, from safety prompts; one in three is held out.
+
+    Args:
+        opened: the aligned model, untrained, with the parameters to be trained marked.
+        rows: safety prompts, with answers or without.
+        limit: most prompts.
+        max_length: longest prompt with answer, tokens.
+        response_tokens: length of generated answers.
+
+    Raises:
+        DataError: too few can be used.
+    """
+    prepared = prepare_safety(
+        opened.loaded,
+        rows,
+        limit=limit,
+        max_length=min(max_length, opened.loaded.context),
+        response_tokens=response_tokens,
+        refusal_opening=opened.refusal_opening,
+        compliance_opening=opened.compliance_opening,
+    )
+    return LanguageSafety(opened.loaded.model, prepared.responses, opened.loaded.tokenizer.pad_token_id)
+
+
+def guard_callback(
+    name: str,
+    opened: Opened,
+    safety_rows: Sequence[dict[str, Any]],
+    *,
+    strength: float | None = None,
+    budget_kl: float = 0.05,
+    tuning: Sequence[Example] = (),
+    base: Any = None,
+    seed: int = 0,
+) -> GuardCallback:
+    """A guard by name as a callback for a Trainer, with its safety set; arguments as for `guard_named`.
+
+    Raises:
+        InputError: no such guard, it lacks what it needs, or too few safety prompts can be used.
+    """
+    guard = guard_named(name, opened, strength=strength, budget_kl=budget_kl, tuning=tuning, base=base)
+    with torch.random.fork_rng(devices=[]):
+        return GuardCallback(guard, safety_source(opened, safety_rows), seed)
