@@ -1,0 +1,164 @@
+"""Single guards against dense algebra, and Safe LoRA and LoX on files."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from worlds import World
+
+from tiltmeter.errors import ModelError, OutputExists
+from tiltmeter.geometry.systems import DOUBLE
+from tiltmeter.guards.budget import CurvatureBudget
+from tiltmeter.guards.ewc import ElasticWeights
+from tiltmeter.guards.gu import MetricGradientProjection
+from tiltmeter.guards.lox import top_part
+from tiltmeter.guards.safe_lora import onto_alignment, similarity
+from tiltmeter.guards.safegrad import SafeGrad
+from tiltmeter.guards.session import Session
+from tiltmeter.guards.streamed import lox_checkpoint, safe_lora_adapter
+from tiltmeter.guards.token_loss import EARLY, FIRST, LATER, ConstrainedTokens
+
+
+def random(*shape, seed=0):
+    return torch.randn(*shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e2])
+def test_safe_lora_is_the_dense_projection(scale):
+    v, b, a = scale * random(6, 5, seed=1), random(6, 2, seed=2), random(2, 5, seed=3)
+    c = v @ v.T / torch.linalg.matrix_norm(v)
+    torch.testing.assert_close(onto_alignment(v, b) @ a, c @ (b @ a))
+    dense = torch.cosine_similarity((c @ b @ a).flatten(), (b @ a).flatten(), 0)
+    assert similarity(v, b, a) == pytest.approx(float(dense), abs=1e-9)
+    assert similarity(v, b @ a) == pytest.approx(float(dense), abs=1e-9)
+
+
+def test_the_top_part_is_the_truncated_singular_value_decomposition():
+    v = random(6, 5)
+    u, s, w = torch.linalg.svd(v)
+    torch.testing.assert_close(top_part(v, 2), u[:, :2] @ torch.diag(s[:2]) @ w[:2])
+    torch.testing.assert_close(top_part(v, 9), v)
+
+
+@pytest.mark.parametrize("strength", [0.1, 1.0, 10.0])
+def test_the_token_loss_has_the_slope_of_the_paper(strength):
+    """Gradient of -log p times 2 sigmoid(-beta log ratio)."""
+    now, reference = random(7).requires_grad_(), random(7, seed=5)
+    ConstrainedTokens(strength=strength).loss(now, reference).backward()
+    beta = strength * torch.tensor([FIRST] + [EARLY] * 4 + [LATER] * 2, dtype=DOUBLE)
+    torch.testing.assert_close(now.grad, -2 * torch.sigmoid(-beta * (now.detach() - reference)))
+
+
+def begun(guard, steps=3, optimizer="adamw"):
+    """A world some steps on, with a fresh task gradient."""
+    world = World(optimizer)
+    model = world.trainee()
+    session = Session(guard, model)
+    session.begin()
+    for _ in range(steps):
+        model.plain_optimizer.zero_grad()
+        world.loss().backward()
+        model.plain_optimizer.step()
+        model.step += 1
+    model.plain_optimizer.zero_grad()
+    world.loss().backward()
+    return world, model
+
+
+def test_gu_leaves_no_safety_gradient_in_the_preconditioned_step():
+    guard = MetricGradientProjection(references=3, refresh=100)
+    _, model = begun(guard)
+    task = model.gradient()
+    guard.shape_gradient(model)
+    u, d = guard.memory.tensors["references"], model.preconditioner()
+    free, left = (u * d) @ task, (u * d) @ model.gradient()
+    assert float(left.abs().max()) < 1e-9 * float(free.abs().max())
+
+
+def test_safegrad_removes_exactly_the_conflict():
+    guard = SafeGrad(examples=12)
+    _, model = begun(guard)
+    task, safety = model.gradient(), model.safety.divergence.gradient()
+    assert task @ safety < 0  # descending the task raises the KL
+    guard.shape_gradient(model)
+    torch.testing.assert_close(model.gradient(), task - safety * (task @ safety) / (safety @ safety))
+
+
+def test_ewc_pulls_with_the_diagonal_of_the_fisher_matrix():
+    guard = ElasticWeights(strength=3.0)
+    world, model = begun(guard)
+    task = model.gradient()
+    guard.shape_gradient(model)
+    p = torch.softmax(world.logits(slice(0, 12))(world.anchor), -1)
+    jacobian = torch.func.jacrev(lambda x: torch.log_softmax(world.logits(slice(0, 12))(x), -1))(world.anchor)
+    diagonal = torch.einsum("my,myi->i", p, jacobian.square()) / 12
+    torch.testing.assert_close(model.gradient() - task, 3.0 * diagonal * (world.flat - world.anchor))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("budget", [1e-2, 0.1])
+def test_the_held_out_kl_never_ends_above_the_budget(budget, optimizer):
+    """Also where the task pushes hard: ten times the rate."""
+    world = World(optimizer, {"sgd": 0.02, "adamw": 0.1}[optimizer], scale=2.0)
+    free = World(optimizer, world.rate, scale=2.0).train(None, 30).safety.heldout()
+    guard = CurvatureBudget(budget_kl=budget)
+    model = world.train(guard, 30)
+    assert free > 2 * budget
+    assert model.safety.heldout() <= budget
+    assert any("pulled back" in entry.what or "ellipsoid" in entry.what for entry in guard.memory.log)
+
+
+def test_sample_space_and_dense_directions_give_one_run(monkeypatch):
+    """Every step, flat directions: coordinates by JVP and lifts by backward pass, or by inner products."""
+    ends = []
+    for dense in (2**26, 0):
+        monkeypatch.setattr("tiltmeter.guards.budget.DENSE", dense)
+        world = World("adamw", 0.02, bend=0.0)
+        world.train(CurvatureBudget(budget_kl=0.0, check=0, steer=False, refresh=10**6, carry=False), 8)
+        ends.append(world.flat.clone())
+    # the system's scores are weighted by the distribution as it stands, so the two agree to second order
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-4)
+
+
+def save(folder, tensors):
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    save_file({name: t.float().contiguous() for name, t in tensors.items()}, folder / "model.safetensors")
+    return folder
+
+
+def test_safe_lora_on_files_is_the_dense_projection(tmp_path):
+    w, v = random(6, 5, seed=1), random(6, 5, seed=2)
+    aligned, base = save(tmp_path / "aligned", {"m.q.weight": w}), save(tmp_path / "base", {"m.q.weight": w - v})
+    b, a = random(6, 2, seed=3).float(), random(2, 5, seed=4).float()
+    names = [f"base_model.model.m.q.lora_{x}.weight" for x in "BA"]
+    adapter = save(tmp_path / "adapter", dict(zip(names, (b, a), strict=True)))
+    (adapter / "adapter_config.json").write_text("{}")
+    done = safe_lora_adapter(adapter, aligned, base, tmp_path / "out", threshold=1.0)
+    from safetensors.torch import load_file
+
+    new = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    c = (v @ v.T / torch.linalg.matrix_norm(v)).float()
+    torch.testing.assert_close(new[names[0]] @ new[names[1]], c @ b @ a, rtol=1e-4, atol=1e-5)
+    assert done.replaced == ("m.q.weight",)
+    assert (tmp_path / "out" / "adapter_config.json").is_file()
+    kept = safe_lora_adapter(adapter, aligned, base, tmp_path / "kept", threshold=-1.0)
+    assert kept.replaced == ()
+    assert torch.equal(load_file(tmp_path / "kept" / "adapter_model.safetensors")[names[0]], b)
+    with pytest.raises(OutputExists):
+        safe_lora_adapter(adapter, aligned, base, tmp_path / "out")
+    with pytest.raises(ModelError, match=r"no weight m\.q\.weight"):
+        safe_lora_adapter(adapter, adapter, base, tmp_path / "other")
+
+
+def test_lox_on_files_adds_the_top_part(tmp_path):
+    w, v = random(6, 5, seed=1), random(6, 5, seed=2)
+    aligned = save(tmp_path / "aligned", {"m.q.weight": w, "m.embed.weight": w, "norm": w[0]})
+    base = save(tmp_path / "base", {"m.q.weight": w - v, "m.embed.weight": w - v, "norm": w[0]})
+    assert lox_checkpoint(aligned, base, tmp_path / "out", strength=0.5, rank=2) == ("m.q.weight",)
+    from safetensors.torch import load_file
+
+    new = load_file(tmp_path / "out" / "model.safetensors")
+    torch.testing.assert_close(new["m.q.weight"], (w + 0.5 * top_part(v, 2)).float(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(new["m.embed.weight"], w.float())
