@@ -55,7 +55,7 @@ def beside_forecast(regime: str, work: Path) -> dict[str, Any]:
         with store.new_folder(told) as folder:
             result = assess(MODEL, SAFETY, TUNING, recipe, OPTIONS, device="cpu")
             store.write_record(folder, result.record, result.arrays)
-    options = TrackerOptions(max_length=OPTIONS.max_length, rank=OPTIONS.rank, every=32)
+    options = TrackerOptions(max_length=OPTIONS.max_length, rank=OPTIONS.rank)
     return run(work / regime, TUNING, recipe, options, assessment=told)
 
 
@@ -70,7 +70,7 @@ def must_fire(name: str, work: Path) -> dict[str, Any]:
     del opened
     data = work / f"{name}.jsonl"  # stays in the work folder
     data.write_text("".join(json.dumps({"prompt": p, "completion": c}) + "\n" for p, c in pairs), encoding="utf-8")
-    return run(work / name, str(data), FIRE, TrackerOptions(max_safety=8, response_tokens=12, rank=4, every=8))
+    return run(work / name, str(data), FIRE, TrackerOptions(max_safety=8, response_tokens=12, rank=4))
 
 
 def run(folder: Path, tuning: str, recipe: Recipe, options: TrackerOptions, **given: Any) -> dict[str, Any]:

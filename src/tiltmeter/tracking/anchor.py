@@ -27,6 +27,9 @@ from tiltmeter.tracking.path import Sketch
 #: Parameters up to which a copy of the weights is kept; above, only their sketch.
 HELD = 2**29
 
+#: Memory that the factors of the examples' gradients may take, bytes.
+FACTORS = 3 * 2**29
+
 #: Values of dense directions [k, n] that are kept; above, the subspace is held by its examples' coefficients.
 DENSE = 2**27
 
@@ -157,7 +160,8 @@ def measure_subspace(
     if options.rank == 0:
         return None, None, [], "the tracker was told to measure no subspace (rank 0)"
     score = likelihood_objective(forward, examples, pad, options.max_tokens, per="root")
-    products = gram(forward.model, [batch for _, batch in score.chunks], score_loss, forward.parameters)
+    held = [batch for _, batch in score.chunks]
+    products = gram(forward.model, held, score_loss, forward.parameters, store_bytes=FACTORS)
     order = torch.cat([members for members, _ in score.chunks])
     scale = score.factor[order]
     total = torch.empty_like(products.total)

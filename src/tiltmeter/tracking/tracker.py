@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -30,7 +29,8 @@ from tiltmeter.lm.safety import refusal_rate
 from tiltmeter.tracking.alarm import Breach, Budgets, check_budgets, default_budgets, find_breach
 from tiltmeter.tracking.anchor import Anchor, TrackerOptions, measure_anchor, measure_subspace, usable_prompts
 from tiltmeter.tracking.anchor_store import FOLDER, read_anchor, write_anchor
-from tiltmeter.tracking.drift import Drift, measure_drift, subspace, subspace_overlap
+from tiltmeter.tracking.drift import measure_drift, subspace, subspace_overlap
+from tiltmeter.tracking.measured import Measured, row_of
 from tiltmeter.tracking.rows import Row, RowFile
 from tiltmeter.tracking.schedule import UNKNOWN, Schedule, interval
 
@@ -170,7 +170,9 @@ class Tracker:
             drift = measure_drift(self.anchor, self.forward, self._sensitivity, self.options, dear=dear)
             overlap, no_overlap = self._turned(step)
             rate = self._refusals(step)
-        row = self._row(step, kl, margin, drift, overlap, no_overlap, rate, task_loss)
+        rates = [seen["rate"] for seen in self._rates.rows]
+        found = Measured(kl, margin, drift, overlap, no_overlap, rate, task_loss)
+        row = row_of(step, found, rates)
         if drift.sketch is not None:
             self._save_sketch(step, drift.sketch)
         self._rows.add(row)
@@ -257,45 +259,6 @@ class Tracker:
             return None
         answers = generate(self.loaded, self._prompts, self.options.response_tokens)
         return refusal_rate([judge_refusal(answer) for answer in answers])
-
-    def _row(
-        self,
-        step: int,
-        kl: torch.Tensor,
-        margin: torch.Tensor,
-        drift: Drift,
-        overlap: float | None,
-        no_overlap: str,
-        refusals: Measurement | None,
-        task_loss: float | None,
-    ) -> Row:
-        rates = self._rates.rows
-        flow = math.fsum(row["rate"] for row in rates) if len(rates) == step else None
-        no_loss = "no step was taken yet" if step == 0 else "the training loop did not tell it"
-        task = None if task_loss is None or not math.isfinite(task_loss) else float(task_loss)
-        no_rate = "not measured at this step, since generation is dear"
-        if refusals is not None and refusals.value is None:
-            no_rate = str(refusals.reason)
-        ends = None
-        if refusals is not None and refusals.low is not None and refusals.high is not None:
-            ends = [refusals.low, refusals.high]
-        no_drift = drift.reason or ""
-        values = {
-            "flow_time": (flow, f"the learning rates of {step - len(rates)} steps were not seen"),
-            "safety_kl": (float(kl.mean()), ""),
-            "margin": (float(margin.mean()), ""),
-            "refusal_rate": (None if refusals is None else refusals.value, no_rate),
-            "refusal_interval": (ends, no_rate),
-            "drift_energy": (drift.energy, no_drift),
-            "drift_outside": (drift.outside, no_drift),
-            "drift_coordinates": (None if drift.coordinates is None else drift.coordinates.tolist(), no_drift),
-            "subspace_overlap": (overlap, no_overlap),
-            "weight_change": (drift.weight_change, no_drift),
-            "task_loss": (task, no_loss),
-        }
-        reasons = {name: reason for name, (value, reason) in values.items() if value is None}
-        row = {"step": step, **{name: value for name, (value, _) in values.items()}}
-        return {**row, "per_prompt": {"safety_kl": kl.tolist(), "margin": margin.tolist()}, "reasons": reasons}
 
     def _save_sketch(self, step: int, sketch: torch.Tensor) -> None:
         folder = self.folder / SKETCHES
