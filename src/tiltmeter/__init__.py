@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from tiltmeter.geometry.sensitivity import Sensitivity
     from tiltmeter.geometry.space import ParameterSpace
     from tiltmeter.jobs.assess import Assessment, assess
+    from tiltmeter.jobs.audit import Audit, AuditOptions, audit
+    from tiltmeter.jobs.evaluate import EvaluateOptions, Evaluation, evaluate
     from tiltmeter.jobs.finetune import finetune
     from tiltmeter.jobs.recipe import Lora, Recipe, read_recipe
     from tiltmeter.jobs.subject import Options
@@ -33,8 +35,12 @@ if TYPE_CHECKING:
 _HOMES = {
     "Adam": "geometry.metric",
     "Assessment": "jobs.assess",
+    "Audit": "jobs.audit",
+    "AuditOptions": "jobs.audit",
     "Budgets": "tracking.alarm",
     "Clock": "geometry.clock",
+    "EvaluateOptions": "jobs.evaluate",
+    "Evaluation": "jobs.evaluate",
     "FunctionObjective": "geometry.objective",
     "InputError": "errors",
     "Lora": "jobs.recipe",
@@ -52,6 +58,8 @@ _HOMES = {
     "TrackerCallback": "tracking.callback",
     "TrackerOptions": "tracking.anchor",
     "assess": "jobs.assess",
+    "audit": "jobs.audit",
+    "evaluate": "jobs.evaluate",
     "finetune": "jobs.finetune",
     "read_recipe": "jobs.recipe",
     "run_theory": "jobs.theory",
@@ -60,8 +68,12 @@ _HOMES = {
 __all__ = [
     "Adam",
     "Assessment",
+    "Audit",
+    "AuditOptions",
     "Budgets",
     "Clock",
+    "EvaluateOptions",
+    "Evaluation",
     "FunctionObjective",
     "InputError",
     "Lora",
@@ -79,6 +91,8 @@ __all__ = [
     "TrackerCallback",
     "TrackerOptions",
     "assess",
+    "audit",
+    "evaluate",
     "finetune",
     "read_recipe",
     "run_theory",

@@ -113,6 +113,7 @@ def test_the_forward_part_by_separate_models_in_float64(tmp_path, made, scale):
     tolerance = {"rel": 2e-3, "abs": 2e-6}
     kl, margin = dense_kl(base, after, examples), dense_margin(after, tokenizer)
     assert record["measurements"]["safety_kl"]["value"] == pytest.approx(kl, **tolerance)
+    assert record["measurements"]["safety_kl"]["low"] >= 0
     assert record["measurements"]["margin"]["tuned"]["value"] == pytest.approx(margin, rel=1e-4)
     assert record["measurements"]["margin"]["base"]["value"] == pytest.approx(dense_margin(base, tokenizer), rel=1e-4)
     for layer in record["layers"]:
@@ -358,6 +359,7 @@ def test_verdicts_by_hand():
     few = told((1.0, 0.6, 1.0), (1.0, 0.6, 1.0), (0.0, -0.4, 0.4), n=5)
     assert verdict(few)[0] == "cannot tell"
     assert verdict(told((0.1, 0.05, 0.2), (0.1, 0.05, 0.2), (0.0, -0.07, 0.07)))[0] == "cannot tell"
+    assert verdict(told((0.1, 0.05, 0.2), (0.9, 0.8, 0.95), (0.8, 0.7, 0.9)))[0] == "safer"
     broken = told(full, (0.5, 0.4, 0.6), (-0.5, -0.6, -0.4), undetermined=20)
     assert verdict(broken)[0] == "cannot tell"
     assert verdict(told(full, (0.1, 0.05, 0.2), (-0.9, -1.0, -0.8), undetermined=20))[0] == "damaged"

@@ -34,3 +34,11 @@ def test_mean_counts_what_is_not_finite_apart() -> None:
     assert mean([4.0], "nats") == Measurement(4.0, None, None, 1, 0, "nats", "one item gives no interval")
     assert mean([float("nan")], "nats") == Measurement(None, None, None, 0, 1, "nats", "no item could be scored")
     assert measured.as_dict()["unit"] == "nats"
+
+
+def test_an_interval_ends_where_the_quantity_does():
+    values = [0.001, 0.002, 3.0]
+    assert mean(values, "nats").low < 0
+    bounded = mean(values, "nats", floor=0.0)
+    assert bounded.low == 0.0
+    assert (bounded.value, bounded.high) == (mean(values, "nats").value, mean(values, "nats").high)

@@ -124,7 +124,7 @@ def _measurements(found: ForwardFindings, options: AuditOptions, why: Reasons) -
         if values is None:
             why[path] = reason
             return None
-        return _write(mean(values.tolist(), "nats per token", options.level), path, why)
+        return _write(mean(values.tolist(), "nats per token", options.level, floor=0.0), path, why)
 
     def pair(path: str, sides: Sequence[Measurement], values: Sequence[Any], unit: str, rate: bool) -> dict[str, Any]:
         change = paired_change(*values, unit, level=options.level, seed=options.seed, share=rate)
@@ -266,7 +266,12 @@ def _scaling(found: ForwardFindings, options: AuditOptions, why: Reasons) -> dic
         held: dict[str, list[float | None]] = {key: [] for key in _ENDS}
         for i, (_, point) in enumerate(found.curve):
             values = point.kl if name == "safety_kl" else point.margin
-            measured = mean([] if values is None else values.tolist(), unit, options.level)
+            measured = mean(
+                [] if values is None else values.tolist(),
+                unit,
+                options.level,
+                floor=0.0 if unit != "nats" else -math.inf,
+            )
             for key in _ENDS:
                 reason = measured.reason or "all prompts alike"
                 held[key].append(why.number(f"scaling.{name}.{key}.{i}", getattr(measured, key), reason))

@@ -177,7 +177,7 @@ class _Measured:
                 "no harmless prompts were given" if no_set else self.side.no_kl or "the base gave only empty answers"
             )
             return None
-        return self.write(mean(self.side.kl[name].tolist(), "nats per token", self.options.level), path)
+        return self.write(mean(self.side.kl[name].tolist(), "nats per token", self.options.level, floor=0.0), path)
 
     def ability(self, place: int, rows: RowSet) -> dict[str, Any]:
         path = f"measurements.capability.{place}"

@@ -51,8 +51,11 @@ def share(hits: int, n: int, unscored: int = 0, level: float = 0.9) -> Measureme
     return Measurement(hits / n, float(interval.low), float(interval.high), n, unscored, "share")
 
 
-def mean(values: Sequence[float], unit: str, level: float = 0.9) -> Measurement:
-    """A mean with an interval over items, corrected for skewness; values that are not finite count as unscored."""
+def mean(values: Sequence[float], unit: str, level: float = 0.9, *, floor: float = -math.inf) -> Measurement:
+    """A mean with an interval over items, corrected for skewness; values that are not finite count as unscored.
+
+    The interval ends at `floor`, for quantities such as KL that cannot be smaller.
+    """
     scored = [value for value in values if math.isfinite(value)]
     unscored = len(values) - len(scored)
     if not scored:
@@ -61,4 +64,4 @@ def mean(values: Sequence[float], unit: str, level: float = 0.9) -> Measurement:
     if len(scored) < 2:
         return Measurement(centre, None, None, 1, unscored, unit, "one item gives no interval")
     low, high = mean_interval(torch.tensor([scored], dtype=torch.float64), level)
-    return Measurement(centre, float(low[0]), float(high[0]), len(scored), unscored, unit)
+    return Measurement(centre, max(floor, float(low[0])), float(high[0]), len(scored), unscored, unit)
