@@ -34,7 +34,9 @@ ALLOWED = {
         "errors",
     },
     "commands_evaluate": {"commands", "report", "jobs", "lm", "store", "errors"},
-    "cli": {"commands", "commands_evaluate", "commands_finetune", "errors"},
+    "commands_rank": {"commands", "report", "jobs", "store", "errors"},
+    "commands_validate": {"commands", "report", "jobs", "errors"},
+    "cli": {"commands", "commands_evaluate", "commands_finetune", "commands_rank", "commands_validate", "errors"},
 }
 
 #: Packages that exactly one file, or one folder, may import.

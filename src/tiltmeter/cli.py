@@ -373,6 +373,86 @@ def results_only() -> Iterator[None]:
 
 
 @app.command()
+def rank(
+    model: Annotated[str, typer.Argument(help="Aligned model: hub id, folder, .gguf, adapter folder or demo:NAME.")],
+    safety: Annotated[str, typer.Option(help="Safety prompts: file, hub id or demo:NAME.")],
+    tuning: Annotated[list[str], typer.Option(help="Tuning data; repeat the option for every set.")],
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for record, arrays and page.")] = None,
+    per_example: Annotated[bool, typer.Option("--per-example", help="Rank the rows of one set instead.")] = False,
+    write: Annotated[
+        Path | None, typer.Option(help="With --per-example: write the set without its worst rows.")
+    ] = None,
+    drop: Annotated[float, typer.Option(help="Share of rows that --write leaves out.")] = 0.1,
+    recipe: Annotated[
+        Path | None, typer.Option(help="YAML of TrainingArguments, with an optional section lora.")
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Rows per optimiser step.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw or sgd.")] = None,
+    schedule: Annotated[str | None, typer.Option(help="Learning-rate schedule, as transformers names it.")] = None,
+    momentum: Annotated[float | None, typer.Option(help="Momentum of SGD.")] = None,
+    lora_r: Annotated[int | None, typer.Option(help="LoRA rank; full fine-tuning without it.")] = None,
+    lora_alpha: Annotated[float | None, typer.Option(help="LoRA alpha; twice the rank by default.")] = None,
+    lora_target: Annotated[list[str] | None, typer.Option(help="LoRA target modules; repeat the option.")] = None,
+    max_safety: Annotated[int, typer.Option(help="Most safety prompts to use.")] = 32,
+    max_tuning: Annotated[int, typer.Option(help="Most rows of each set to use; --per-example uses all.")] = 32,
+    max_length: Annotated[int, typer.Option(help="Longest sequence, tokens.")] = 512,
+    response_tokens: Annotated[int, typer.Option(help="Length of the model's own answers.")] = 24,
+    rank: Annotated[int, typer.Option(help="Sensitive directions to keep.")] = 8,
+    score: Annotated[str, typer.Option(help="response, sampled, margin or gauss-newton.")] = "response",
+    grid: Annotated[int, typer.Option(help="Steps at which the forecast is evaluated.")] = 5,
+    refusal_opening: Annotated[str | None, typer.Option(help="How a refusal of this model begins.")] = None,
+    compliance_opening: Annotated[str | None, typer.Option(help="How a compliant answer begins.")] = None,
+    adapter: Annotated[str | None, typer.Option(help="Adapter folder to merge into the model first.")] = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16 or auto.")] = "float32",
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    seed: Annotated[int, typer.Option(help="Seed of LoRA's start and of all sampling.")] = 0,
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that a hub model brings along.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the record on stdout and nothing else.")] = False,
+) -> None:
+    """Order tuning sets, or the rows of one, by the harm they are predicted to do."""
+    from tiltmeter import commands, commands_rank
+
+    given = {
+        "lr": lr,
+        "steps": steps,
+        "batch_size": batch_size,
+        "optimizer": optimizer,
+        "schedule": schedule,
+        "momentum": momentum,
+        "lora_r": lora_r,
+        "lora_alpha": lora_alpha,
+        "lora_target": lora_target,
+    }
+    options = commands.options(
+        score=score,
+        max_safety=max_safety,
+        max_tuning=max_tuning,
+        max_length=max_length,
+        response_tokens=response_tokens,
+        rank=rank,
+        grid=grid,
+        refusal_opening=refusal_opening,
+        compliance_opening=compliance_opening,
+        seed=seed,
+    )
+    loading = {"adapter": adapter, "dtype": dtype, "device": device, "trust_remote_code": trust_remote_code}
+    rows = (per_example, write, drop)
+    with progress_bar() as ticker:
+        result, left = commands_rank.rank(model, safety, tuning, recipe, given, options, loading, rows, out, ticker)
+    if as_json:
+        print(json.dumps(result.record, indent=2, ensure_ascii=False, allow_nan=False))
+    else:
+        for line in commands_rank.lines(result.record):
+            print(line)
+    if left is not None:
+        err.print(f"left out {left} rows; the others are in {write}", markup=False)
+    if out is not None:
+        err.print(f"record and page: {out / 'index.html'}", markup=False)
+
+
+@app.command()
 def validate(
     plan: Annotated[Path, typer.Argument(help="YAML plan: model, prompts, sets, seeds, recipes.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the validation; finished cells in it are kept.")],

@@ -110,7 +110,22 @@ def assess_subject(
     report: Report = silent,
     announce: Callable[[Estimate], None] | None = None,
 ) -> Assessment:
+    """`examine_subject` without what the assessment was made from."""
+    return examine_subject(subject, rows, recipe, options, report=report, announce=announce)[0]
+
+
+def examine_subject(
+    subject: Subject,
+    rows: RowSet,
+    recipe: Recipe,
+    options: Options,
+    *,
+    report: Report = silent,
+    announce: Callable[[Estimate], None] | None = None,
+) -> tuple[Assessment, Tuning, Findings]:
     """Assess one tuning set against a subject that was measured before; the safety side is not measured again.
+
+    Returns: the assessment, the sample it is about, and the raw findings.
 
     Raises:
         InputError: the recipe trains other parameters than the subject was measured in, the rows cannot be used, or
@@ -134,7 +149,7 @@ def assess_subject(
     passes = Passes(spent.calls + now.calls - before.calls, spent.tokens + now.tokens - before.tokens)
     seconds = time.perf_counter() - begin + subject.seconds
     cost = Cost(expected, passes, seconds, peak_gb(), data_tokens(subject, tuning))
-    return _assemble(subject, tuning, recipe, options, found, outlook, cost)
+    return _assemble(subject, tuning, recipe, options, found, outlook, cost), tuning, found
 
 
 def _assemble(

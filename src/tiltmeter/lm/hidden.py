@@ -45,6 +45,19 @@ def hidden_states(loaded: Loaded, prompts: Sequence[Any]) -> Tensor:
     return torch.stack(out, 1)
 
 
+def answer_states(loaded: Loaded, examples: Sequence[Example]) -> Tensor:
+    """Last-layer states averaged over each example's supervised tokens, [m, width], float32. Cost: one forward pass."""
+    out: list[Tensor] = [torch.empty(0)] * len(examples)
+    with torch.no_grad():
+        for members, batch in batches(examples, loaded.tokenizer.pad_token_id, MAX_TOKENS):
+            states = loaded.model.base_model(
+                input_ids=batch.tokens.to(loaded.model.device), output_hidden_states=True, use_cache=False
+            ).hidden_states[-1]
+            for row, index in enumerate(members):
+                out[index] = states[row, batch.labels[row] != UNSUPERVISED].float().mean(0).cpu()
+    return torch.stack(out)
+
+
 def drift(before: Tensor, after: Tensor, count: int) -> Drift:
     """Drift over the first `count` prompts: ranks are compared over equally many."""
     moves = (after - before)[:, :count].double()

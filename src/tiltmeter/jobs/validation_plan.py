@@ -1,0 +1,260 @@
+"""What a validation runs: data sets x seeds x regimes, read from one YAML file."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tiltmeter import store
+from tiltmeter.errors import DataError, InputError
+from tiltmeter.jobs.assess import check_options
+from tiltmeter.jobs.inputs import open_rows
+from tiltmeter.jobs.predict import chosen
+from tiltmeter.jobs.recipe import Recipe, recipe_of
+from tiltmeter.jobs.subject import Options
+from tiltmeter.lm.rows import RowSet, digest_of
+from tiltmeter.lm.safety import spread
+
+KEYS = ("model", "safety", "sets", "seeds", "regimes", "options", "predictors")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows of one source.
+
+    Attributes:
+        source: file, hub id or `demo:` name.
+        rows: most rows, evenly spread; None for all.
+        completion: answer that replaces the rows' own; None keeps them.
+    """
+
+    source: str
+    rows: int | None = None
+    completion: str | None = None
+
+
+@dataclass(frozen=True)
+class SetPlan:
+    """A tuning set: one source, or several mixed in a fixed random order."""
+
+    name: str
+    parts: tuple[Part, ...]
+
+    def open(self) -> RowSet:
+        """Read the rows.
+
+        Raises:
+            DataError: a source cannot be read, or a row has no prompt to answer.
+        """
+        rows: list[dict[str, Any]] = []
+        for part in self.parts:
+            held = open_rows(part.source).rows
+            rows += [_answered(held[i], part) for i in spread(len(held), part.rows or len(held))]
+        if len(self.parts) > 1:
+            random.Random(0).shuffle(rows)
+        return RowSet(self.name, tuple(rows), digest_of(rows))
+
+
+@dataclass(frozen=True)
+class Regime:
+    """A recipe, and which sets and seeds it is run on."""
+
+    name: str
+    recipe: Recipe
+    sets: tuple[str, ...]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One real fine-tune with its forecast."""
+
+    regime: Regime
+    set: SetPlan
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name of its folder."""
+        return f"{self.assessment}-s{self.seed}"
+
+    @property
+    def assessment(self) -> str:
+        """Name of its assessment's folder, shared by all seeds: they differ in the order of the rows alone."""
+        return f"{self.regime.name}-{self.set.name}"
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe with this cell's seed."""
+        return replace(self.regime.recipe, seed=self.seed)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A validation.
+
+    Attributes:
+        model: the aligned model.
+        safety: safety prompts.
+        assessed: prompts that the forecast sees.
+        held_out: further prompts that are measured only.
+        sets: tuning sets.
+        regimes: recipes.
+        options: how much to measure.
+        predictors: names.
+    """
+
+    model: str
+    safety: str
+    assessed: int
+    held_out: int
+    sets: tuple[SetPlan, ...]
+    regimes: tuple[Regime, ...]
+    options: Options = field(default_factory=Options)
+    predictors: tuple[str, ...] = ()
+
+    def cells(self) -> list[Cell]:
+        """All cells: the first seed of every regime and set, then the second, so that partial results are whole."""
+        sets = {each.name: each for each in self.sets}
+        seeds = sorted({seed for regime in self.regimes for seed in regime.seeds})
+        return [
+            Cell(regime, sets[name], seed)
+            for seed in seeds
+            for regime in self.regimes
+            if seed in regime.seeds
+            for name in regime.sets
+        ]
+
+    def split(self) -> tuple[RowSet, RowSet]:
+        """Assessed and held-out prompts, taken in turn from rows evenly spread over the safety set.
+
+        Raises:
+            DataError: there are fewer rows than that.
+        """
+        rows = open_rows(self.safety)
+        wanted = self.assessed + self.held_out
+        if len(rows.rows) < wanted:
+            raise DataError(f"{self.safety} has {len(rows.rows)} rows; the plan asks for {wanted}")
+        places = spread(len(rows.rows), wanted)
+        random.Random(0).shuffle(places)
+        parts = (sorted(places[: self.assessed]), sorted(places[self.assessed :]))
+        halves = [tuple(rows.rows[i] for i in part) for part in parts]
+        return (
+            RowSet(f"{self.safety} (assessed)", halves[0], digest_of(halves[0])),
+            RowSet(f"{self.safety} (held out)", halves[1], digest_of(halves[1])),
+        )
+
+    def question(self, cell: Cell) -> str:
+        """Digest of everything that decides a cell's result."""
+        return store.digest_json(
+            {
+                "model": self.model,
+                "safety": [self.safety, self.assessed, self.held_out],
+                "set": [[part.source, part.rows or 0, part.completion or ""] for part in cell.set.parts],
+                "recipe": repr(cell.recipe),
+                "options": repr(self.options),
+                "predictors": list(self.predictors),
+            }
+        )
+
+
+def read_plan(path: Path) -> Plan:
+    """Read a plan.
+
+    Raises:
+        InputError: the file is missing or malformed, a key is unknown or missing, or a value cannot be used.
+    """
+    try:
+        held = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise InputError(f"cannot read the plan {path}: {error}") from error
+    if not isinstance(held, Mapping):
+        raise InputError(f"the plan {path} must be a mapping with {', '.join(KEYS)}")
+    _only(held, KEYS, "the plan")
+    for key in ("model", "safety", "sets", "regimes"):
+        if not held.get(key):
+            raise InputError(f"the plan lacks {key}; expected {', '.join(KEYS)}")
+    safety = held["safety"]
+    if not isinstance(safety, Mapping):
+        raise InputError("safety in the plan must have name, assessed and held_out")
+    _only(safety, ("name", "assessed", "held_out"), "safety")
+    sets = tuple(_set(each) for each in held["sets"])
+    names = [each.name for each in sets]
+    if len(set(names)) < len(names):
+        raise InputError(f"two sets of the plan have one name: {', '.join(names)}")
+    seeds = tuple(int(seed) for seed in held.get("seeds") or (0,))
+    plan = Plan(
+        str(held["model"]),
+        str(safety.get("name")),
+        _count(safety, "assessed"),
+        _count(safety, "held_out"),
+        sets,
+        tuple(_regime(name, each, names, seeds) for name, each in held["regimes"].items()),
+        _options(held.get("options") or {}, _count(safety, "assessed")),
+        chosen(held.get("predictors") or ("all",)),
+    )
+    check_options(plan.options)
+    return plan
+
+
+def _only(held: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
+    for key in held:
+        if key not in keys:
+            raise InputError(f"unknown key {key!r} in {where}: expected {', '.join(keys)}")
+
+
+def _count(held: Mapping[str, Any], key: str) -> int:
+    value = held.get(key)
+    if not isinstance(value, int) or value < 2:
+        raise InputError(f"safety.{key} must be a number of prompts, at least 2, got {value!r}")
+    return value
+
+
+def _set(held: Any) -> SetPlan:
+    if isinstance(held, str):
+        return SetPlan(_name(held.removeprefix("demo:")), (Part(held),))
+    if not isinstance(held, Mapping) or not held.get("name") or not held.get("parts"):
+        raise InputError(f"a set of the plan is a name, or has name and parts; got {held!r}")
+    _only(held, ("name", "parts"), "a set")
+    parts = []
+    for part in held["parts"]:
+        _only(part, ("source", "rows", "completion"), f"a part of {held['name']}")
+        parts.append(Part(str(part["source"]), part.get("rows"), part.get("completion")))
+    return SetPlan(_name(str(held["name"])), tuple(parts))
+
+
+def _regime(name: str, held: Any, sets: Sequence[str], seeds: tuple[int, ...]) -> Regime:
+    if not isinstance(held, Mapping) or not isinstance(held.get("recipe"), Mapping):
+        raise InputError(f"regime {name} needs a section recipe of TrainingArguments; got {held!r}")
+    _only(held, ("recipe", "sets", "seeds"), f"regime {name}")
+    own = tuple(held.get("sets") or sets)
+    for each in own:
+        if each not in sets:
+            raise InputError(f"regime {name} names the set {each!r}, which is none of {', '.join(sets)}")
+    recipe = recipe_of(held["recipe"])
+    recipe.clock()
+    return Regime(_name(name), recipe, own, tuple(int(seed) for seed in held.get("seeds") or seeds))
+
+
+def _options(held: Mapping[str, Any], assessed: int) -> Options:
+    _only(held, [each.name for each in fields(Options)], "options")
+    return Options(**{**held, "max_safety": assessed})
+
+
+def _name(text: str) -> str:
+    """A name that is fit for a folder."""
+    return re.sub(r"[^A-Za-z0-9.]+", "-", text).strip("-.") or "set"
+
+
+def _answered(row: dict[str, Any], part: Part) -> dict[str, Any]:
+    if part.completion is None:
+        return row
+    if "prompt" not in row:
+        raise DataError(f"{part.source}: a completion is given, but a row has no column prompt")
+    return {"prompt": row["prompt"], "completion": part.completion}
