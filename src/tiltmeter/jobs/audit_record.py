@@ -127,7 +127,8 @@ def _measurements(found: ForwardFindings, options: AuditOptions, why: Reasons) -
         return _write(mean(values.tolist(), "nats per token", options.level, floor=0.0), path, why)
 
     def pair(path: str, sides: Sequence[Measurement], values: Sequence[Any], unit: str, rate: bool) -> dict[str, Any]:
-        change = paired_change(*values, unit, level=options.level, seed=options.seed, share=rate)
+        before, after = values
+        change = paired_change(before, after, unit, level=options.level, seed=options.seed, share=rate)
         named = zip(("base", "tuned"), sides, strict=True)
         return {key: _write(side, f"{path}.{key}", why) for key, side in named} | {
             "change": _write(change, f"{path}.change", why)

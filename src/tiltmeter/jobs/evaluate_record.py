@@ -96,7 +96,7 @@ class _Measured:
     why: Reasons
 
     def all(self, prompts: Mapping[str, Prompts], capability: Sequence[RowSet], judge: Judge) -> dict[str, Any]:
-        out = {
+        out: dict[str, Any] = {
             "refusal_rate": self.rate("refusal_rate", lambda s: s.safety, "refusal" in judge.tells),
             "over_refusal": self.rate(
                 "over_refusal", lambda s: s.harmless, "refusal" in judge.tells and "harmless" in prompts
