@@ -121,6 +121,7 @@ def path_of(tracker: Tracker, why: Reasons) -> tuple[dict[str, Any], dict[str, T
         return values, {}
     values["pc1_share"], values["pc2_share"] = (float(share) for share in shape.shares[:2])
     values["straightness"] = shape.straightness
+    values["steps"], values["positions"] = [step for step, _ in held], shape.positions[:, :2].tolist()
     steps = torch.tensor([step for step, _ in held])
     return values, {"path.steps": steps, "path.positions": shape.positions.contiguous()}
 

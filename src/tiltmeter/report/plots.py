@@ -119,7 +119,7 @@ def draw_spectrum(eigenvalues: Sequence[float], gaps: Sequence[int], name: str) 
         axes.set_ylim(bottom, top)
         axes.set_xlim(0.3, len(eigenvalues) + 0.7)
         axes.xaxis.set_major_locator(MaxNLocator(12, integer=True, min_n_ticks=1))
-        _log_ticks(axes.yaxis, bottom, top)
+        log_ticks(axes.yaxis, bottom, top)
         axes.grid(axis="y")
         axes.set_title("Eigenvalue, nats per parameter unit squared", pad=20 if gaps else 8)
         axes.set_xlabel("direction, most sensitive first")
@@ -208,7 +208,7 @@ def _draw_curve(axes: Any, curve: Curve, scale: Scale, colours: Sequence[str], n
     axes.plot(curve.steps, _gaps(curve.value), "o-", color=svg.VALUE, linewidth=1.9, markersize=size)
     axes.grid(axis="y")
     if scale.log:
-        _log_ticks(axes.yaxis, scale.bottom, scale.top)
+        log_ticks(axes.yaxis, scale.bottom, scale.top)
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if scale.right / scale.left < 200 else (1,)))
         axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: setting_text(x)))
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -255,7 +255,7 @@ def _gaps(values: Sequence[float | None]) -> list[float]:
     return [_NAN if value is None else value for value in values]
 
 
-def _log_ticks(axis: Any, bottom: float, top: float) -> None:
+def log_ticks(axis: Any, bottom: float, top: float) -> None:
     """Put ticks on powers of ten, on fewer where there are many, and on 1, 2 and 5 where there are hardly any."""
     powers = range(math.floor(math.log10(bottom)), math.ceil(math.log10(top)) + 1)
     factors = (1, 2, 5) if math.log10(top / bottom) < 2 else (1,)

@@ -13,7 +13,7 @@ from tiltmeter.report import tables, values
 from tiltmeter.report.fields import Record, find, level_text, missing, show, words
 from tiltmeter.report.numbers import interval_text, lone_text, number, numbers, setting_text
 from tiltmeter.report.page import style, template_of
-from tiltmeter.report.track_plots import Line, draw_measured
+from tiltmeter.report.track_plots import Line, draw_measured, draw_path
 from tiltmeter.store import write_text
 
 _DRAWN = ("margin_change", "safety_kl", "refusal_rate", "task_loss", "weight_change", "drift_energy")
@@ -65,10 +65,11 @@ def _view(record: Record, name: str) -> dict[str, Any]:
         "header": header,
         "rows": rows,
         "compared": _compared(record),
-        "shape": values.rows_of(record, "exponent") + values.rows_of(record, "path"),
+        "shape": values.rows_of(record, "exponent")
+        + [row for row in values.rows_of(record, "path") if not _drawn(row)],
         "overhead": values.rows_of(record, "overhead"),
         "everything": [
-            (words(key), values.rows_of(record, key))
+            (words(key), [row for row in values.rows_of(record, key) if not _drawn(row)])
             for key in record
             if key not in skipped and not isinstance(record[key], str)
         ],
@@ -101,7 +102,15 @@ def _plots(record: Record, name: str) -> list[Markup]:
         limit = horizon if predicted is not None else None
         title = f"{words(key)}, {curve['unit']}"
         out.append(draw_measured(title, measured, predicted, f"{name}p{place}", horizon=limit, log=log))
+    positions = find(record, "path.positions")
+    if positions:
+        out.append(draw_path(positions, find(record, "path.steps"), f"{name}w"))
     return out
+
+
+def _drawn(row: values.Row) -> bool:
+    """Whether a row's value stands in the drawing of the path already."""
+    return row.key.startswith(("path.positions", "path.steps"))
 
 
 def _measured_table(record: Record) -> tuple[list[str], list[list[str]]]:

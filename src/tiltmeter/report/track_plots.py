@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from tiltmeter.report import svg
 from tiltmeter.report.numbers import setting_text
-from tiltmeter.report.plots import canvas
+from tiltmeter.report.plots import canvas, log_ticks
 
 _NAN = float("nan")
 Points = Sequence[float | None]
@@ -41,12 +41,13 @@ def draw_measured(
     """
     with canvas(350, 262) as (figure, finish):
         axes = figure.subplots()
-        for line, colour, mark, dash in ((predicted, svg.PATHS[0], "", (5.0, 2.0)), (measured, svg.VALUE, "o", None)):
+        for line, colour, mark, dash in ((predicted, svg.PATHS[0], "D", (5.0, 2.0)), (measured, svg.VALUE, "o", None)):
             if line is None:
                 continue
             if line.low and line.high:
+                low = [floor if log and point is not None else point for point, floor in _floored(line)]
                 axes.fill_between(
-                    line.steps, _gaps(line.low, log), _gaps(line.high, log), color=colour, alpha=0.18, linewidth=0
+                    line.steps, _gaps(low, log), _gaps(line.high, log), color=colour, alpha=0.18, linewidth=0
                 )
             style: Any = "-" if dash is None else (0, dash)
             axes.plot(
@@ -54,13 +55,16 @@ def draw_measured(
                 linestyle=style,
             )  # fmt: skip
         last = max(measured.steps)
-        axes.set_xscale("symlog", linthresh=1)
+        axes.set_xscale("symlog", linthresh=1, linscale=0.4)
         axes.set_xlim(0, last * 1.15 or 1)
         ticks = [0, *(2**power for power in range(0, 24, 1 if last <= 64 else 2) if 2**power <= last)]
         axes.set_xticks(ticks, [setting_text(tick) for tick in ticks])
         axes.minorticks_off()
         if log:
+            shown = [point for line in (measured, predicted) if line for point in line.value if point and point > 0]
             axes.set_yscale("log")
+            axes.set_ylim(min(shown) / 2, max(shown) * 2)
+            log_ticks(axes.yaxis, min(shown) / 2, max(shown) * 2)
         if horizon is not None and horizon < last:
             axes.axvspan(horizon, last * 1.15, color=svg.BEYOND, linewidth=0, zorder=0)
         axes.grid(axis="y")
@@ -83,6 +87,14 @@ def draw_path(positions: Sequence[Sequence[float]], steps: Sequence[int], name: 
         axes.set_ylabel("second")
         axes.margins(0.12)
         return finish(name, "Path of the weights in its first two principal components.")
+
+
+def _floored(line: Line) -> list[tuple[float | None, float]]:
+    """Lower ends, each with itself or, where a logarithmic axis has no place for it, a thousandth of the value."""
+    out = []
+    for low, value in zip(line.low, line.value, strict=True):
+        out.append((low, low if low is not None and low > 0 else (value or 0.0) / 1000))
+    return out
 
 
 def _gaps(values: Points, log: bool) -> list[float]:
