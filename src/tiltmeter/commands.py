@@ -88,6 +88,20 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"
 
 
+def gigabytes(text: str | None) -> float | None:
+    """A size such as "6GB", "6 GB" or "6" as a number of GB.
+
+    Raises:
+        InputError: it is none of these.
+    """
+    if text is None:
+        return None
+    try:
+        return float(text.strip().upper().removesuffix("GB"))
+    except ValueError:
+        raise InputError(f"--memory must be a size such as 6GB, got {text!r}") from None
+
+
 def options(**given: Any) -> tuple[Options, dict[str, str | None]]:
     """Options of a job, and the openings apart.
 

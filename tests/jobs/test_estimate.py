@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch.testing import assert_close
 
 from tiltmeter import store
 from tiltmeter.errors import OutOfMemory, UnsupportedModel
@@ -15,8 +17,9 @@ from tiltmeter.geometry.objective import Passes
 from tiltmeter.jobs import estimate as estimate_module
 from tiltmeter.jobs import subject as subject_module
 from tiltmeter.jobs.assess import Assessment, assess_subject
-from tiltmeter.jobs.estimate import Estimate, peak_gb, resident_bytes
+from tiltmeter.jobs.estimate import Estimate, peak_gb
 from tiltmeter.jobs.inputs import Opened
+from tiltmeter.jobs.memory import resident_bytes, tokens_within
 from tiltmeter.jobs.recipe import Lora, Recipe
 from tiltmeter.jobs.subject import Options, Subject, measure_subject, snapshot, with_lora
 from tiltmeter.lm.model import Loaded, digest_of
@@ -134,3 +137,31 @@ def test_a_job_that_does_not_fit_the_memory_is_not_begun(
     with pytest.raises(OutOfMemory, match=r"expected to need .* GB besides the model, but 1e-06 GB are free"):
         assess_subject(subject, TUNING, Recipe(steps=6, batch_size=2), SMALL)
     assert subject.forward.passes.tokens == before
+
+
+@pytest.mark.parametrize("budget", [2.0, 6.0, 40.0])
+@pytest.mark.parametrize("n", [10**6, 135 * 10**6])
+def test_micro_batches_fill_a_memory_budget_and_do_not_pass_it(n: int, budget: float) -> None:
+    """By hand: vectors 4 bytes x 6 (and groups at 4 or 2), tokens 4 x 24 x width x layers (x 3) and 4 logits' worth."""
+    config: Any = SimpleNamespace(hidden_size=576, num_hidden_layers=30, vocab_size=49152)
+    large = n > 2**25
+    fixed = 1.0e9 + n * (24 + 4 * (2 if large else 4))
+    each = 4 * 24 * 576 * 30 * (1 if large else 3) + 4 * 4 * 49152
+    if fixed + 128 * each > budget * 1e9:
+        with pytest.raises(
+            OutOfMemory, match=f"--memory {budget:g}: .* needs about {(fixed + 128 * each) / 1e9:.2g} GB"
+        ):
+            tokens_within(budget, 1.0, n, 4, config, 128)
+        return
+    tokens = tokens_within(budget, 1.0, n, 4, config, 128)
+    assert fixed + tokens * each <= budget * 1e9 < fixed + (tokens + 2) * each
+
+
+def test_a_memory_budget_makes_smaller_micro_batches(make_llama: Any, make_tokenizer: Any) -> None:
+    free = measured(make_llama, make_tokenizer)
+    monkeyed = Options(**{**vars(SMALL), "memory_gb": resident_bytes() / 1e9 + 0.05, "max_length": 40})
+    tight = measured(make_llama, make_tokenizer, None, monkeyed)
+    assert_close(tight.anchor_margin, free.anchor_margin)
+    assert tight.max_tokens <= free.max_tokens
+    with pytest.raises(OutOfMemory, match=r"--memory 0\.001"):
+        measured(make_llama, make_tokenizer, None, Options(**{**vars(SMALL), "memory_gb": 0.001}))

@@ -186,6 +186,8 @@ def check_options(options: Options) -> None:
         value = getattr(options, name)
         if value < least:
             raise InputError(f"--{name.replace('_', '-')} must be at least {least}, got {value}")
+    if options.memory_gb is not None and not options.memory_gb > 0:
+        raise InputError(f"--memory must be a positive number of GB, got {options.memory_gb}")
     if not 0 < options.level < 1:
         raise InputError(f"--level must lie between 0 and 1, got {options.level}")
     if options.rank > options.max_safety:

@@ -7,22 +7,12 @@ import resource
 import sys
 from dataclasses import dataclass
 
-import psutil
-import torch
-
 from tiltmeter.errors import OutOfMemory
 from tiltmeter.geometry.objective import Passes
+from tiltmeter.jobs.memory import memory_now, token_gb, vectors_gb
 from tiltmeter.jobs.recipe import Recipe
 from tiltmeter.jobs.subject import Options, Subject
 from tiltmeter.jobs.tuning import Tuning
-
-#: Vectors of n parameters alive at the fullest moment, besides what the subject holds: mean, spread, and for a Hessian
-#: product its direction, the displaced parameters, the result and an earlier result.
-VECTORS = 6
-
-#: Activation memory of one token through one layer of width d, in units of 4 d bytes (measured on a 135 M Llama: 1.1 GB
-#: for 512 tokens, logits apart).
-ACTIVATIONS = 24
 
 
 @dataclass(frozen=True)
@@ -56,7 +46,7 @@ class Estimate:
             raise OutOfMemory(
                 f"the assessment is expected to need {needed:.3g} GB besides the model, but {self.free_gb:.3g} GB are "
                 "free. Assess with LoRA (--lora-r), fewer or shorter rows (--max-tuning, --max-length), smaller "
-                "micro-batches (--max-tokens), a smaller model or a larger machine."
+                "micro-batches (--memory), a smaller model or a larger machine."
             )
 
 
@@ -105,30 +95,9 @@ def estimate(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options)
 
 def memory_needed(subject: Subject, tuning: Tuning, options: Options) -> float:
     """Memory that `measure.measure` is expected to take at its fullest moment, besides what is held already, GB."""
-    config = subject.loaded.model.config
-    n = subject.forward.space.size
-    group_bytes = 2 if n > 2**25 else 4
-    vectors = 4 * n * VECTORS + group_bytes * n * options.groups
-    layer = 4 * config.hidden_size * config.num_hidden_layers * ACTIVATIONS
-    graph = 3 if subject.hessian == "exact" else 1
-    logits = 4 * config.vocab_size * 4
     most = max(batch.tokens.numel() for _, batch in (*subject.divergence.inner.chunks, *tuning.objective.chunks))
-    activations = most * (layer * graph + logits)
-    return float(vectors + activations) / 1e9
-
-
-def memory_now(device: torch.device) -> tuple[float, float]:
-    """What this process holds of the memory a job on `device` needs, and what is free, GB."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.memory_allocated(device) / 1e9, (free + cached) / 1e9
-    return resident_bytes() / 1e9, psutil.virtual_memory().available / 1e9
-
-
-def resident_bytes() -> int:
-    """Memory of this process now."""
-    return int(psutil.Process().memory_info().rss)
+    each = token_gb(subject.loaded.model.config, subject.hessian == "exact")
+    return vectors_gb(subject.forward.space.size, options.groups) + most * each
 
 
 def peak_gb() -> float:

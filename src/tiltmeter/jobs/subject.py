@@ -16,6 +16,7 @@ from tiltmeter.geometry.motion import LARGE
 from tiltmeter.geometry.objective import Passes
 from tiltmeter.geometry.sensitivity import Sensitivity, lanczos_sensitivity, measure_sensitivity, split_half_overlap
 from tiltmeter.jobs.inputs import Opened
+from tiltmeter.jobs.memory import memory_now, tokens_within
 from tiltmeter.jobs.recipe import Lora
 from tiltmeter.lm.divergence import DivergenceObjective, divergence_objective
 from tiltmeter.lm.forward import Forward
@@ -57,7 +58,8 @@ class Options:
         groups: disjoint groups of tuning batches whose scatter gives the sampling error.
         grid: steps at which the forecast is evaluated.
         krylov: Hessian products for the Krylov path of SGD; 0 for none.
-        max_tokens: tokens per micro-batch.
+        max_tokens: most tokens per micro-batch.
+        memory_gb: largest memory the assessment may take; micro-batches are made small enough. None for no limit.
         level: of the intervals.
         budget_kl: largest tolerable safety KL, nats per token.
         budget_margin: smallest tolerable mean refusal margin, nats.
@@ -75,6 +77,7 @@ class Options:
     grid: int = 5
     krylov: int = 0
     max_tokens: int = 512
+    memory_gb: float | None = None
     level: float = 0.9
     budget_kl: float | None = None
     budget_margin: float | None = None
@@ -196,6 +199,12 @@ def measure_subject(
         )
     if forward.space.size > LARGE:
         options = replace(options, max_tokens=min(options.max_tokens, LARGE_TOKENS))
+    if options.memory_gb is not None:
+        longest = max(len(e.tokens) for e in (*safety.responses, *safety.refusals, *safety.compliances))
+        held, _ = memory_now(forward.device)
+        config, most = loaded.model.config, max(longest, min(options.max_length, loaded.context))
+        fits = tokens_within(options.memory_gb, held, forward.space.size, options.groups, config, most)
+        options = replace(options, max_tokens=min(options.max_tokens, fits))
     pad = loaded.tokenizer.pad_token_id
     report("anchor")
     divergence = divergence_objective(forward, safety.responses, pad, options.max_tokens, hessian=hessian)
