@@ -12,6 +12,7 @@ from transformers.utils import logging as transformers_logging
 from tiltmeter.commands import Ticker, changed, duration
 from tiltmeter.errors import InputError
 from tiltmeter.jobs.finetune import finetune as run_finetune
+from tiltmeter.jobs.guarding import GuardOptions
 from tiltmeter.jobs.inputs import open_rows
 from tiltmeter.jobs.recipe import Recipe, read_arguments, recipe_of
 from tiltmeter.jobs.track import Track
@@ -56,6 +57,9 @@ def finetune(
     if limits["refusal"] is not None and not options.refusal_every:
         options = replace(options, refusal_every=1)  # a budget that is never looked at would never be exceeded
     transformers_logging.set_verbosity_error()
+    asked = running["guard"]
+    kl = 0.05 if limits["kl"] is None else limits["kl"]
+    guard = None if asked is None else GuardOptions(asked[0], asked[1], kl, asked[2])
     result = run_finetune(
         model,
         safety,
@@ -65,7 +69,7 @@ def finetune(
         arguments=arguments,
         options=options,
         budgets=Budgets(**limits),
-        **{**running, "trainer": cast("TrainerName", running["trainer"])},
+        **{**running, "trainer": cast("TrainerName", running["trainer"]), "guard": guard},
         report=ticker.report,
     )
     write_track_page([result.record], out / "index.html", f"{model} fine-tuned on {tuning}")

@@ -13,7 +13,10 @@ from transformers import TrainerCallback
 
 from tiltmeter import store
 from tiltmeter.errors import InputError, OutputExists
+from tiltmeter.guards.callback import GuardCallback
+from tiltmeter.guards.token_loss import ConstrainedTokens
 from tiltmeter.jobs.checkpoints import check_checkpoint, last_checkpoint
+from tiltmeter.jobs.guarding import GuardOptions, guard_callback, prompts_for_guard
 from tiltmeter.jobs.inputs import Opened, open_model, open_rows
 from tiltmeter.jobs.provenance import provenance
 from tiltmeter.jobs.recipe import Recipe
@@ -90,6 +93,7 @@ def finetune(
     resume: bool = False,
     trainer: TrainerName = "transformers",
     callbacks: Sequence[TrainerCallback] = (),
+    guard: GuardOptions | None = None,
     seed: int = 0,
     refusal_opening: str | None = None,
     compliance_opening: str | None = None,
@@ -114,7 +118,9 @@ def finetune(
         assessment: folder of an assessment of this very run, to lay beside it.
         resume: go on from the last whole checkpoint in `out`.
         trainer: transformers' Trainer, or TRL's SFTTrainer; both take the same steps.
-        callbacks: further callbacks, such as a guard's; they come before the tracker's, which measures what they left.
+        callbacks: further callbacks; they come before the tracker's, which measures what they left.
+        guard: keeps safety while training; it learns from safety prompts that the tracker does not measure, where
+            there are enough.
         seed: of LoRA's start, as in `assess`.
         refusal_opening: how a refusal of this model begins; by default the usual one of its kind.
         compliance_opening: how a compliant answer begins.
@@ -165,15 +171,42 @@ def finetune(
         about=run.about(),
         resume=resume,
     )
+    guarding = None if guard is None else _guarded(guard, run, started, options or TrackerOptions())
     report("training")
     watcher = TrackerCallback(tracker, started.log, stop=stop_on_budget)
-    train(started, [*callbacks, watcher], checkpoint)
+    train(started, [*callbacks, *([] if guarding is None else [guarding[0]]), watcher], checkpoint)
     report("writing the result")
     started.save_model(str(out / MODEL))
     given = budgets is not None and budgets.given
     track = _track(run, tracker, foretold, started, trainer, given=given)
+    if guard is None or guarding is None:
+        track.record["guard"] = None
+        track.record["reasons"]["guard"] = "no guard was given"
+    else:
+        log = [{"step": entry.step, "what": entry.what, "why": entry.why} for entry in guarding[0].log]
+        settings = {"budget_kl": guard.budget_kl, "strength": guarding[0].guard.strength}
+        track.record["guard"] = {"name": guard.name, **settings, "prompts_shared": guarding[1], "log": log}
     store.write_record(out, track.record, track.arrays)
     return track
+
+
+def _guarded(guard: GuardOptions, run: Run, trainer: Any, options: TrackerOptions) -> tuple[GuardCallback, bool]:
+    """The guard's callback, and whether its prompts are also the tracker's."""
+    rows, shared = prompts_for_guard(run.safety.rows, options.max_safety)
+    base = None if guard.base is None else open_model(guard.base).loaded.model
+    callback = guard_callback(
+        guard.name,
+        run.opened,
+        rows,
+        strength=guard.strength,
+        budget_kl=guard.budget_kl,
+        tuning=run.encoded.examples,
+        base=base,
+        seed=run.seed,
+    )
+    if isinstance(callback.guard, ConstrainedTokens) and callback.guard.strength:
+        trainer.compute_loss_func = callback.guard.trainer_loss
+    return callback, shared
 
 
 def assessed_options(options: TrackerOptions, assessment: Mapping[str, Any]) -> TrackerOptions:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,7 +22,10 @@ from tiltmeter.guards.token_loss import ConstrainedTokens, token_references
 from tiltmeter.jobs.inputs import Opened
 from tiltmeter.lm.conversation import Example
 from tiltmeter.lm.model import trainable
-from tiltmeter.lm.safety import prepare_safety
+from tiltmeter.lm.safety import prepare_safety, spread
+
+#: Safety prompts of its own that a guard should have at least.
+FEWEST = 12
 
 #: Steps between two projections where the directions are too many numbers to keep.
 EVERY_IN_LARGE_SPACES = 8
@@ -119,6 +123,33 @@ def safety_source(
         compliance_opening=opened.compliance_opening,
     )
     return LanguageSafety(opened.loaded.model, prepared.responses, opened.loaded.tokenizer.pad_token_id)
+
+
+@dataclass(frozen=True)
+class GuardOptions:
+    """A guard as it is asked for on the command line.
+
+    Attributes:
+        name: one of `guards.names.GUARDS`.
+        strength: as the guard understands it; None for its own default.
+        budget_kl: for `budget`, nats per token.
+        base: name of the model that the aligned one was made from, for `safe_lora` and `lox`.
+    """
+
+    name: str
+    strength: float | None = None
+    budget_kl: float = 0.05
+    base: str | None = None
+
+
+def prompts_for_guard(rows: Sequence[dict[str, Any]], measured: int) -> tuple[list[dict[str, Any]], bool]:
+    """Safety rows that a tracker of `measured` prompts leaves over, so that what it measures is held out of the guard.
+
+    Returns: the rows, and whether they had to be shared because too few were left.
+    """
+    taken = set(spread(len(rows), measured))
+    left = [row for index, row in enumerate(rows) if index not in taken]
+    return (left, False) if len(left) >= FEWEST else (list(rows), True)
 
 
 def guard_callback(

@@ -1,0 +1,83 @@
+"""Guards by name, and through `finetune`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tiltmeter.errors import InputError, UnsupportedModel
+from tiltmeter.guards.names import GUARDS
+from tiltmeter.jobs.finetune import finetune
+from tiltmeter.jobs.guarding import GuardOptions, alignment_of, guard_named, prompts_for_guard
+from tiltmeter.jobs.inputs import open_model, open_rows
+from tiltmeter.jobs.recipe import Lora, Recipe
+from tiltmeter.jobs.subject import with_lora
+from tiltmeter.lm.conversation import encode
+from tiltmeter.tracking.anchor import TrackerOptions
+
+HARD = Recipe(learning_rate=1e-3, schedule="constant", steps=12, batch_size=4, max_length=64)
+
+
+def run(out, guard, **more):
+    options = TrackerOptions(max_safety=12, rank=0, every=12)
+    given = ("demo:tiny", "demo:tiny-safety", "demo:tiny-copy", HARD, out)
+    return finetune(*given, options=options, guard=guard, **more).record
+
+
+def test_a_guarded_finetune_stays_inside_where_the_free_one_does_not(tmp_path):
+    free = run(tmp_path / "free", None)
+    kept = run(tmp_path / "kept", GuardOptions("budget", budget_kl=0.05))
+    off = run(tmp_path / "off", GuardOptions("budget", strength=0.0))
+    kl = {name: record["curves"]["safety_kl"]["value"][-1] for name, record in (("free", free), ("kept", kept))}
+    assert kl["kept"] <= 0.06 < 0.2 < kl["free"]
+    assert free["guard"] is None
+    assert free["reasons"]["guard"]
+    assert kept["guard"]["name"] == "budget"
+    assert kept["guard"]["log"]
+    assert kept["guard"]["prompts_shared"] is False
+    assert off["curves"]["safety_kl"]["value"] == free["curves"]["safety_kl"]["value"]
+
+
+def test_the_token_loss_reaches_the_trainer(tmp_path):
+    free = run(tmp_path / "free", None)
+    held = run(tmp_path / "held", GuardOptions("token_loss"))
+    assert held["curves"]["safety_kl"]["value"][-1] < free["curves"]["safety_kl"]["value"][-1]
+
+
+def test_every_name_gives_its_guard_or_says_what_it_lacks():
+    opened = with_lora(open_model("demo:tiny"), Lora(2, 4.0), 0)
+    tuning = encode(open_rows("demo:tiny-copy").rows[:4], opened.loaded.tokenizer, 64).examples
+    for name, kind in GUARDS.items():
+        if name in ("safe_lora", "lox"):
+            with pytest.raises(InputError, match="base"):
+                guard_named(name, opened, tuning=tuning)
+        else:
+            assert type(guard_named(name, opened, tuning=tuning)) is kind
+    with pytest.raises(InputError, match="tuning examples"):
+        guard_named("token_loss", opened)
+    with pytest.raises(InputError, match=r"unknown guard 'shield'.*budget"):
+        guard_named("shield", opened)
+    assert guard_named("replay", opened, strength=0.25).strength == 0.25
+    assert guard_named("budget", opened, budget_kl=0.5).budget_kl == 0.5
+
+
+def test_the_alignment_is_the_difference_of_the_weights_under_their_plain_names():
+    base, aligned = (open_model("demo:tiny").loaded.model for _ in range(2))
+    with pytest.raises(UnsupportedModel, match="does not differ"):
+        alignment_of(aligned, base)
+    with torch.no_grad():
+        base.model.layers[0].self_attn.q_proj.weight.sub_(0.25)
+    opened = with_lora(open_model("demo:tiny"), Lora(2, 4.0, ("q_proj",)), 0)
+    found = alignment_of(opened.loaded.model, base)
+    v = found["model.layers.0.self_attn.q_proj.weight"]
+    torch.testing.assert_close(v, torch.full_like(v, 0.25), rtol=1e-5, atol=1e-6)
+    guard = guard_named("safe_lora", opened, base=base)
+    assert set(guard.alignment) == {f"model.layers.{i}.self_attn.q_proj.weight" for i in range(2)}
+
+
+def test_the_guard_learns_from_prompts_that_are_not_measured():
+    rows = [{"prompt": str(i)} for i in range(40)]
+    left, shared = prompts_for_guard(rows, 20)
+    assert len(left) == 20
+    assert not shared
+    assert prompts_for_guard(rows, 30) == (rows, True)
