@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= demo-output
 
-.PHONY: setup demo test lint types check clean
+.PHONY: guards setup demo test lint types check clean
 
 setup: $(STAMP)
 
@@ -33,6 +33,11 @@ types: setup
 	$(BIN)/mypy
 
 check: lint types test
+
+# All guards on demo:tiny, about an hour on one core; finished runs are kept, so it can be interrupted.
+guards: setup
+	$(BIN)/python benchmarks/guards.py
+	$(BIN)/python benchmarks/guards.py --table
 
 clean:
 	rm -rf $(VENV) dist build $(OUT)

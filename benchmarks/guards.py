@@ -4,7 +4,7 @@
     python benchmarks/guards.py --plan aligned      the plan "aligned": demo:aligned, hours; see --list
     python benchmarks/guards.py --plan aligned --only budget- --only none-
     python benchmarks/guards.py --list              runs of the plan, without running them
-    python benchmarks/guards.py --page              write the page from the committed results
+    python benchmarks/guards.py --table             put the committed results into docs/guards.md
 
 Every run leaves its own file, so a plan that was interrupted goes on where it was; finished runs are gathered in
 benchmarks/results/guards.json. The guard's safety prompts and the ones that are measured are different ones.
@@ -260,13 +260,57 @@ def gather(name: str, plan: Plan) -> dict[str, Any]:
     return {"runs": others + [{"plan": name, **run} for run in runs], "plans": plans}
 
 
+def table(runs: list[dict[str, Any]]) -> list[str]:
+    """Markdown rows: every guard and strength over all runs of the plan "tiny", mean and range."""
+    free = {(r["set"], r["regime"], r["seed"]): r for r in runs if r["guard"] == "none"}
+    rows = [
+        "| guard | strength | runs | learned | held-out KL, nats | refusals | over-refusals | step time |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for guard, strength in sorted({(r["guard"], r["strength"]) for r in runs if "refused" not in r}):
+        own = [r for r in runs if (r["guard"], r["strength"]) == (guard, strength) and "refused" not in r]
+        own = [r for r in own if (r["set"], r["regime"], r["seed"]) in free]
+        gains = []
+        for r in own:
+            start, best = r["anchor"]["task_loss"], free[r["set"], r["regime"], r["seed"]]["task_loss"]
+            gains.append((start - r["task_loss"]) / (start - best))
+        cells = [_range(gains, "{:.0%}"), _range([r["heldout_kl"] for r in own], "{:.3g}")]
+        for key in ("refusal_rate", "over_refusal_rate"):
+            cells.append(_range([r[key] for r in own if r[key] is not None], "{:.0%}"))
+        cells.append(_range([r["step_time_ratio"] for r in own], "{:.1f}x"))
+        rows.append(f"| {guard} | {strength:g} | {len(own)} | {' | '.join(cells)} |")
+    return rows
+
+
+def _range(values: list[float], form: str) -> str:
+    if not values:
+        return "-"
+    low, high = form.format(min(values)), form.format(max(values))
+    return low if low == high else f"{low} to {high}"
+
+
+def write_table() -> None:
+    """Replace the table between the two marks of docs/guards.md."""
+    path = RESULTS.parents[1] / "docs" / "guards.md"
+    before, _, rest = path.read_text().partition("<!-- table -->\n")
+    runs = [r for r in json.loads((RESULTS / "guards.json").read_text())["runs"] if r["plan"] == "tiny"]
+    write_text(
+        path,
+        before + "<!-- table -->\n" + "\n".join(table(runs)) + "\n<!-- end -->" + rest.partition("<!-- end -->")[2],
+    )
+
+
 def main() -> None:
     """Run what is missing of a plan, and gather."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--plan", choices=sorted(PLANS), default="tiny")
     parser.add_argument("--only", action="append", default=[], help="runs whose name begins so; may be repeated")
     parser.add_argument("--list", action="store_true")
+    parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
+    if given.table:
+        write_table()
+        return
     torch.set_num_threads(1)
     plan = PLANS[given.plan]
     chosen = [r for r in runs_of(plan) if not given.only or any(r.name.startswith(p) for p in given.only)]
