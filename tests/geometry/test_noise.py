@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tiltmeter.geometry.clock import Clock
-from tiltmeter.geometry.noise import draw_variance, row_noise
+from tiltmeter.geometry.noise import RowNoise, draw_variance, row_noise
 
 
 def variances(rates: list[float], batch: int, values: Tensor) -> list[float]:
@@ -111,3 +111,12 @@ def test_momentum_multiplies_noise_as_it_multiplies_flow_time() -> None:
     plain = row_noise(slopes, forms, 2, clock, clock.flow_time, 2, 6, None).margin_reach(0.9)
     fast = row_noise(slopes, forms, 2, clock, 10 * clock.flow_time, 2, 6, None).margin_reach(0.9)
     assert_close(fast, 10 * plain)
+
+
+def test_a_sample_that_is_all_noise_leaves_the_runs_own_noise() -> None:
+    """With energy 40 and 1/m - 1/N = 0.05 nothing of the mean is left (1 - 2 < 0); V / a^2 = 0.01 of 40 is."""
+    drawn, covered = torch.tensor([0.0, 0.04], dtype=torch.float64), torch.tensor([0.0, 2.0], dtype=torch.float64)
+    noise = RowNoise(1.0, 1.0, 40.0, 4, 0.05, drawn, covered)
+    assert_close(float(noise.energy_factor()[1]), 0.4)
+    milder = RowNoise(1.0, 1.0, 10.0, 4, 0.05, drawn, covered)
+    assert_close(float(milder.energy_factor()[1]), 1 + 10 * (0.01 - 0.05))

@@ -20,7 +20,7 @@ from tiltmeter.jobs.assess import assess_subject
 from tiltmeter.jobs.inputs import open_model
 from tiltmeter.jobs.subject import measure_subject, with_lora
 from tiltmeter.jobs.validate import validate
-from tiltmeter.jobs.validation_plan import Plan, read_plan
+from tiltmeter.jobs.validation_plan import Part, Plan, SetPlan, read_plan
 from tiltmeter.report.validation_page import render_validation_page
 
 PLAN = """
@@ -40,6 +40,7 @@ regimes:
   full:
     recipe: {optim: sgd, learning_rate: 1.0e-2, max_steps: 4, per_device_train_batch_size: 4}
     sets: [tiny-copy]
+    predictors: [measured]
 options: {max_tuning: 8, response_tokens: 6, rank: 2, grid: 3, max_tokens: 400, krylov: 2}
 """
 
@@ -110,7 +111,7 @@ def test_the_summary_says_what_the_cells_say(plan: Plan, done: Path) -> None:
     store.check_values(found)
     assert found["schema"] == "tiltmeter/validation/1"
     assert (found["finished"], found["planned"]) == (6, 6)
-    assert set(found["predictors"]) == set(plan.predictors)
+    assert set(found["predictors"]) == set(plan.regimes[0].predictors)
     end = found["size_error"]["assessed"]["end"]["margin_change"]
     expected = []
     for cell in found["cells"]:
@@ -126,6 +127,7 @@ def test_the_summary_says_what_the_cells_say(plan: Plan, done: Path) -> None:
     assert constant["value"] is None
     assert store.reason_of(found, "predictors.steps_times_rate.margin.value")
     canary = found["predictors"]["canary_margin"]
+    assert canary["unknown"] == 2  # the full regime did not ask for it
     assert canary["steps"] == pytest.approx(canary["passes"] * 8 / 4)
 
 
@@ -192,3 +194,15 @@ def test_a_killed_validation_goes_on_to_the_same_results(plan: Plan, done: Path,
     for name in ("lora-tiny-copy-s0", "lora-tiny-known-s0"):
         one, other = (store.read_record(folder / "cells" / name)[1] for folder in (done, out))
         assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_sets_are_mixed_shortened_and_answered(tmp_path: Path) -> None:
+    long, short = tmp_path / "long.jsonl", tmp_path / "short.jsonl"
+    long.write_text("".join(json.dumps({"prompt": "x" * k, "completion": str(k)}) + "\n" for k in (9, 2, 7, 1)))
+    short.write_text("".join(json.dumps({"prompt": f"y{k}"}) + "\n" for k in range(6)))
+    mixed = SetPlan("mixed", (Part(str(long), shortest=2), Part(str(short), rows=3, completion="no")))
+    rows = mixed.open().rows
+    assert sorted(row["completion"] for row in rows) == ["1", "2", "no", "no", "no"]
+    assert {row["prompt"] for row in rows if row["completion"] == "no"} == {"y0", "y2", "y4"}
+    assert mixed.open() == mixed.open()
+    assert [row["prompt"] for row in SetPlan("one", (Part(str(short)),)).open().rows] == [f"y{k}" for k in range(6)]

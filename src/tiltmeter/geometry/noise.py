@@ -92,10 +92,15 @@ class RowNoise:
         return linear + linear.square() / 4
 
     def energy_factor(self) -> Tensor:
-        """What the KL along the mean path is multiplied by to have one run's expected KL, [steps + 1]."""
+        """What the KL along the mean path is multiplied by to have one run's expected KL, [steps + 1].
+
+        Where the sample's own noise explains the whole length of its mean, no energy of the true mean is left, but that
+        of the run's own batches is: a KL of zero is never foretold for a run that moves.
+        """
         if math.isnan(self.energy):
             return torch.ones_like(self.covered)
-        return (1 + self.energy * (self._drawn_share() - self.sampled)).clamp_min(0)
+        mean = max(0.0, 1 - self.energy * self.sampled)
+        return (mean + self.energy * self._drawn_share()).clamp_min(0)
 
     def _drawn_share(self) -> Tensor:
         """V_k / a_k^2, [steps + 1]; 0 at the start."""

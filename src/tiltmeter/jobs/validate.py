@@ -173,7 +173,7 @@ def _measure_side(
         subject = measure_subject(opened, halves[0], recipe.lora, options, report=report)
         unseen = replace(options, max_safety=plan.held_out)
         held_out = answer_safety(opened, halves[1], unseen, subject.forward.passes)
-        dear = measure_safety_side(subject) if set(plan.predictors) - set(MEASURED) else None
+        dear = measure_safety_side(subject) if set(cell.regime.predictors) - set(MEASURED) else None
     asked = {
         "assessed": Asked(subject.safety, _prompts(opened, halves[0])),
         "held_out": Asked(held_out, _prompts(opened, halves[1])),
@@ -201,7 +201,7 @@ def _assessment(
         result, tuning, found = examine_subject(side.subject, rows, recipe, plan.options, report=report)
         report("predictors")
         case = case_of(side.subject, tuning, recipe, plan.options, found, side.dear)
-        risks = predict(case, plan.predictors)
+        risks = predict(case, cell.regime.predictors)
         why = Reasons(result.record["reasons"])
         record = {**result.record, "question": question, "predictors": risks_record(risks, "predictors", why)}
         record["reasons"] = dict(why)

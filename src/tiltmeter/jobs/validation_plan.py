@@ -31,12 +31,14 @@ class Part:
     Attributes:
         source: file, hub id or `demo:` name.
         rows: most rows, evenly spread; None for all.
+        shortest: only so many of the shortest rows, in characters: long prompts leave no room within few tokens.
         completion: answer that replaces the rows' own; None keeps them.
     """
 
     source: str
     rows: int | None = None
     completion: str | None = None
+    shortest: int | None = None
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class SetPlan:
         """
         rows: list[dict[str, Any]] = []
         for part in self.parts:
-            held = open_rows(part.source).rows
+            held = _shortest(open_rows(part.source).rows, part.shortest)
             rows += [_answered(held[i], part) for i in spread(len(held), part.rows or len(held))]
         if len(self.parts) > 1:
             random.Random(0).shuffle(rows)
@@ -63,12 +65,16 @@ class SetPlan:
 
 @dataclass(frozen=True)
 class Regime:
-    """A recipe, and which sets and seeds it is run on."""
+    """A recipe, which sets and seeds it is run on, and which predictors are asked.
+
+    In a large space some predictors hold several vectors of it; a regime may leave them out.
+    """
 
     name: str
     recipe: Recipe
     sets: tuple[str, ...]
     seeds: tuple[int, ...]
+    predictors: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -107,7 +113,6 @@ class Plan:
         sets: tuning sets.
         regimes: recipes.
         options: how much to measure.
-        predictors: names.
     """
 
     model: str
@@ -117,7 +122,6 @@ class Plan:
     sets: tuple[SetPlan, ...]
     regimes: tuple[Regime, ...]
     options: Options = field(default_factory=Options)
-    predictors: tuple[str, ...] = ()
 
     def cells(self) -> list[Cell]:
         """All cells: the first seed of every regime and set, then the second, so that partial results are whole."""
@@ -156,10 +160,10 @@ class Plan:
             {
                 "model": self.model,
                 "safety": [self.safety, self.assessed, self.held_out],
-                "set": [[part.source, part.rows or 0, part.completion or ""] for part in cell.set.parts],
+                "set": [[p.source, p.rows or 0, p.completion or "", p.shortest or 0] for p in cell.set.parts],
                 "recipe": repr(cell.recipe),
                 "options": repr(self.options),
-                "predictors": list(self.predictors),
+                "predictors": list(cell.regime.predictors),
             }
         )
 
@@ -189,15 +193,15 @@ def read_plan(path: Path) -> Plan:
     if len(set(names)) < len(names):
         raise InputError(f"two sets of the plan have one name: {', '.join(names)}")
     seeds = tuple(int(seed) for seed in held.get("seeds") or (0,))
+    asked = held.get("predictors") or ("all",)
     plan = Plan(
         str(held["model"]),
         str(safety.get("name")),
         _count(safety, "assessed"),
         _count(safety, "held_out"),
         sets,
-        tuple(_regime(name, each, names, seeds) for name, each in held["regimes"].items()),
+        tuple(_regime(name, each, names, seeds, asked) for name, each in held["regimes"].items()),
         _options(held.get("options") or {}, _count(safety, "assessed")),
-        chosen(held.get("predictors") or ("all",)),
     )
     check_options(plan.options)
     return plan
@@ -224,27 +228,39 @@ def _set(held: Any) -> SetPlan:
     _only(held, ("name", "parts"), "a set")
     parts = []
     for part in held["parts"]:
-        _only(part, ("source", "rows", "completion"), f"a part of {held['name']}")
-        parts.append(Part(str(part["source"]), part.get("rows"), part.get("completion")))
+        _only(part, ("source", "rows", "completion", "shortest"), f"a part of {held['name']}")
+        parts.append(Part(str(part["source"]), part.get("rows"), part.get("completion"), part.get("shortest")))
     return SetPlan(_name(str(held["name"])), tuple(parts))
 
 
-def _regime(name: str, held: Any, sets: Sequence[str], seeds: tuple[int, ...]) -> Regime:
+def _regime(name: str, held: Any, sets: Sequence[str], seeds: tuple[int, ...], asked: Sequence[str]) -> Regime:
     if not isinstance(held, Mapping) or not isinstance(held.get("recipe"), Mapping):
         raise InputError(f"regime {name} needs a section recipe of TrainingArguments; got {held!r}")
-    _only(held, ("recipe", "sets", "seeds"), f"regime {name}")
+    _only(held, ("recipe", "sets", "seeds", "predictors"), f"regime {name}")
     own = tuple(held.get("sets") or sets)
     for each in own:
         if each not in sets:
             raise InputError(f"regime {name} names the set {each!r}, which is none of {', '.join(sets)}")
     recipe = recipe_of(held["recipe"])
     recipe.clock()
-    return Regime(_name(name), recipe, own, tuple(int(seed) for seed in held.get("seeds") or seeds))
+    own_seeds = tuple(int(seed) for seed in held.get("seeds") or seeds)
+    return Regime(_name(name), recipe, own, own_seeds, chosen(held.get("predictors") or asked))
 
 
 def _options(held: Mapping[str, Any], assessed: int) -> Options:
     _only(held, [each.name for each in fields(Options)], "options")
     return Options(**{**held, "max_safety": assessed})
+
+
+def _shortest(rows: Sequence[dict[str, Any]], count: int | None) -> list[dict[str, Any]]:
+    """The `count` rows with the fewest characters, in their own order."""
+    if count is None:
+        return list(rows)
+    sizes = [
+        sum(len(str(row[key])) for key in ("prompt", "completion", "text", "messages") if key in row) for row in rows
+    ]
+    kept = sorted(sorted(range(len(rows)), key=sizes.__getitem__)[:count])
+    return [rows[i] for i in kept]
 
 
 def _name(text: str) -> str:

@@ -69,25 +69,25 @@ def _means(cells: Sequence[Cell], quantity: str, prompts: str) -> dict[tuple[str
 
 def _predictors(cells: Sequence[Cell], level: float, why: Reasons) -> dict[str, Any]:
     names = sorted({cell["set"] for cell in cells})
-    used = [name for name in PREDICTORS if cells and name in cells[0]["predictors"]]
+    used = [name for name in PREDICTORS if any(name in cell["predictors"] for cell in cells)]
     measured = {quantity: _means(cells, quantity, "held_out") for quantity in FLOORS}
     found: dict[str, dict[str, Agreement]] = {}
     for name in used:
-        values = {(c["regime"], c["set"]): c["predictors"][name]["value"] for c in cells}
+        values = {(c["regime"], c["set"]): c["predictors"].get(name, {}).get("value") for c in cells}
         told = {key: float(value) for key, value in values.items() if value is not None}
         found[name] = {quantity: agreement(told, measured[quantity], names, level) for quantity in FLOORS}
     out: dict[str, Any] = {}
     for name in used:
         path = f"predictors.{name}"
-        costs = [cell["predictors"][name]["passes"] for cell in cells]
+        held = [(cell, cell["predictors"][name]) for cell in cells if name in cell["predictors"]]
         out[name] = {
             "margin": _agreement(name, found, "margin_change", f"{path}.margin", why),
             "kl": _agreement(name, found, "safety_kl", f"{path}.kl", why),
-            "passes": statistics.fmean(costs),
-            "steps": statistics.fmean(c["predictors"][name]["passes"] * _steps_per_pass(c) for c in cells),
-            "unit": cells[0]["predictors"][name]["unit"],
+            "passes": statistics.fmean(risk["passes"] for _, risk in held),
+            "steps": statistics.fmean(risk["passes"] * _steps_per_pass(cell) for cell, risk in held),
+            "unit": held[0][1]["unit"],
             "ours": name in OURS,
-            "unknown": sum(cell["predictors"][name]["value"] is None for cell in cells),
+            "unknown": len(cells) - sum(risk["value"] is not None for _, risk in held),
         }
     return out
 

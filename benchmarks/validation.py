@@ -1,0 +1,94 @@
+"""Take a validation's summary into the committed results, and write the README's table from it.
+
+Run: python benchmarks/validation.py OUT [NAME], after tiltmeter validate PLAN -o OUT; `make validate` does both.
+NAME is that of the committed record, "validation" by default; only that one has its table in the README.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+README = ROOT / "README.md"
+NAME = "validation"
+BLOCK = re.compile(r"<!-- validation table -->.*?<!-- end of validation table -->", re.S)
+
+#: Predictors in the README's table besides ours: the rest are in the record and on the page.
+BASELINES = ("gradient_norm", "gamma_hat", "initial_overlap", "overlap_cosine", "initial_loss", "random_subspace",
+             "gradient_matching", "representation_similarity")  # fmt: skip
+
+
+def table(record: dict[str, Any]) -> str:
+    """The README's table as Markdown."""
+    rows = ["| predictor | Spearman with margin drop | with safety KL | cost, training steps |", "|---|---|---|---|"]
+    for name, each in record["predictors"].items():
+        if not each["ours"] and name not in BASELINES:
+            continue
+        told = [_ranged(each[key]) for key in ("margin", "kl")]
+        label = name.replace("_", " ") + (" (ours)" if each["ours"] else "")
+        rows.append(f"| {label} | {told[0]} | {told[1]} | {each['steps']:.1f} |")
+    sizes, cover, fell = record["size_error"]["held_out"], record["coverage"], record["collapse"]
+    said = [
+        f"{record['finished']} of {record['planned']} planned cells ({record['model']}); held-out prompts.",
+        "Median relative size error (margin / KL): "
+        + "; ".join(
+            f"{when.replace('_', ' ')} {_percent(sizes[when]['margin_change']['median'])} / "
+            f"{_percent(sizes[when]['safety_kl']['median'])}"
+            for when in ("horizon", "end", "end_with_canary")
+        )
+        + ".",
+        "Nominal 90 % intervals at the last claimed step held the measurement in "
+        + "; ".join(
+            f"{_hits(cover[prompts]['margin_change']['cells'])} (margin) and "
+            f"{_hits(cover[prompts]['safety_kl']['cells'])} (KL) cells on {prompts.replace('_', '-')} prompts"
+            for prompts in ("held_out", "assessed")
+        )
+        + ".",
+        f"Collapses: {fell['happened']} happened, {fell['foretold']['hits']} foretold, {fell['dated']['hits']} dated "
+        f"within a factor of two; {_hits(fell['false_alarms'])} false alarms.",
+    ]
+    return "\n".join(rows) + "\n\n" + "\n".join(said)
+
+
+def with_table(readme: str, record: dict[str, Any]) -> str:
+    """The README with the table between its marks; unchanged if it has none."""
+    block = f"<!-- validation table -->\n{table(record)}\n<!-- end of validation table -->"
+    return BLOCK.sub(lambda _: block, readme)
+
+
+def _ranged(held: dict[str, Any]) -> str:
+    if held["value"] is None:
+        return "not told"
+    ends = "" if held["low"] is None else f" ({held['low']:.2f} to {held['high']:.2f})"
+    return f"{held['value']:.2f}{ends}".replace("-", "−")
+
+
+def _percent(value: float | None) -> str:
+    return "?" if value is None else f"{100 * value:.0f} %"
+
+
+def _hits(held: dict[str, Any]) -> str:
+    return f"{held['hits']} of {held['n']}"
+
+
+def main() -> None:
+    """Copy the summary and write the table."""
+    if len(sys.argv) < 2:
+        sys.exit(__doc__)
+    name = sys.argv[2] if len(sys.argv) > 2 else NAME
+    record = json.loads((Path(sys.argv[1]) / "summary.json").read_text(encoding="utf-8"))
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+    (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
+    print(table(record))
+    if name == NAME:
+        README.write_text(with_table(README.read_text(encoding="utf-8"), record), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
