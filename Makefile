@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= demo-output
 
-.PHONY: guards setup demo test lint types check clean
+.PHONY: guards setup demo test lint types check clean validate
 
 setup: $(STAMP)
 
@@ -20,6 +20,13 @@ $(STAMP): pyproject.toml constraints.txt
 
 demo: setup
 	$(BIN)/tiltmeter demo -o $(OUT)
+
+# hours on a CPU; goes on where it was stopped. PLAN=benchmarks/plans/quick.yaml NAME=validation-quick takes minutes.
+PLAN ?= benchmarks/plans/real.yaml
+NAME ?= validation
+validate: setup
+	$(BIN)/tiltmeter validate $(PLAN) -o $(NAME)-output
+	$(BIN)/python benchmarks/validation.py $(NAME)-output $(NAME)
 
 test: setup
 	$(BIN)/tiltmeter demo --fetch

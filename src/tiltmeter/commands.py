@@ -26,6 +26,7 @@ from tiltmeter.jobs.subject import Options
 from tiltmeter.jobs.theory import TheoryCheck, run_theory
 from tiltmeter.lm.scores import Score
 from tiltmeter.report.page import render_markdown, write_page
+from tiltmeter.report.ranking_page import write_ranking_page
 from tiltmeter.report.result_page import KINDS, write_result_page
 from tiltmeter.report.track_page import write_track_page
 
@@ -296,5 +297,7 @@ def report(folders: Sequence[Path], out: Path, title: str) -> None:
         write_track_page(records, out, title)
     elif all(str(record["schema"]).startswith(KINDS) for record in records):
         write_result_page(records, out, title)
+    elif len(records) == 1 and str(records[0]["schema"]).startswith("tiltmeter/ranking/"):
+        write_ranking_page(records[0], out, title)
     else:
         write_page(records, out, title)
