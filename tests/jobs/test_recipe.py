@@ -90,6 +90,7 @@ BAD: dict[str, tuple[str, str]] = {
     "lora with another key": ("max_steps: 3\nlora: {r: 4, rank: 4}", "section lora must have r"),
     "lora r": ("max_steps: 3\nlora: {r: 0}", "LoRA rank and alpha must be positive"),
     "lora r is no number": ("max_steps: 3\nlora: {r: high}", "not a number"),
+    "lora dropout": ("max_steps: 3\nlora: {r: 4, lora_dropout: 0.1}", "lora_dropout changes the run"),
     "not yaml": ("a: [1", "not valid YAML"),
     "a list at the top": ("- 1", "must be a mapping of TrainingArguments, got list"),
     "empty": ("", "must be a mapping of TrainingArguments, got NoneType"),

@@ -245,6 +245,8 @@ def _lora(given: Any) -> Lora:
     unknown = set(given) - {"r", "lora_alpha", "alpha", "target_modules", "lora_dropout", "task_type", "bias"}
     if unknown or "r" not in given:
         raise RecipeError(f"section lora must have r, and may have lora_alpha and target_modules; got {sorted(given)}")
+    if given.get("lora_dropout"):
+        raise RecipeError("lora_dropout changes the run in a way that has no forecast yet; give 0, or leave it out")
     targets = given.get("target_modules")
     names = None if targets is None else (targets,) if isinstance(targets, str) else tuple(targets)
     return Lora(int(given["r"]), float(given.get("lora_alpha", given.get("alpha", 2 * int(given["r"])))), names)
