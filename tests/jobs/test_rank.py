@@ -22,6 +22,7 @@ from tiltmeter.jobs.rank import chances, rank
 from tiltmeter.jobs.rank_rows import rank_rows, score_rows, write_filtered
 from tiltmeter.jobs.recipe import Recipe
 from tiltmeter.jobs.subject import Options, Subject, measure_subject, with_lora
+from tiltmeter.jobs.trial import Asked, run_trial
 from tiltmeter.jobs.tuning import prepare_tuning
 from tiltmeter.lm.rows import RowSet
 from tiltmeter.report.ranking_page import render_ranking_page
@@ -156,3 +157,22 @@ def test_the_worst_rows_are_left_out_of_the_written_set(tmp_path: Path) -> None:
     for drop in (0.0, 1.0, math.nan):
         with pytest.raises(InputError, match="--drop"):
             write_filtered(result.record, held, drop, tmp_path / "other.jsonl")
+
+
+def test_the_worst_tenth_harms_more_than_a_random_one_and_the_best_less(subject: Subject, tmp_path: Path) -> None:
+    """The ranking's own trial: three real fine-tunes with transformers' Trainer."""
+    recipe = Recipe(learning_rate=1e-4, steps=6, batch_size=8, schedule="constant")
+    rows = mixed(40, 120)
+    tuning = prepare_tuning(subject, rows, recipe, replace(OPTIONS, max_tuning=160))
+    order = score_rows(subject, tuning, recipe, explained=0).harm.argsort(descending=True).tolist()
+    by_chance = torch.randperm(160, generator=torch.Generator().manual_seed(1)).tolist()
+    asked = {"assessed": Asked(subject.safety, ())}
+    drops = {}
+    for name, chosen in (("worst", order[:16]), ("random", by_chance[:16]), ("best", order[-16:])):
+        part = RowSet(name, tuple(rows.rows[i] for i in chosen), "0" * 16)
+        folder = tmp_path / name
+        trial = run_trial("demo:tiny", part, recipe, asked, [], folder, seed=0, answer_tokens=4, max_tokens=4000)
+        margin = trial.seen["assessed"].margin
+        drops[name] = float((margin[0] - margin[-1]).mean())
+    assert drops["worst"] > drops["random"] + 0.5
+    assert drops["random"] > drops["best"]
