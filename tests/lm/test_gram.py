@@ -15,10 +15,11 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 from tiltmeter.errors import DataError, NumericalError, SpaceMismatch, UnsupportedModel
+from tiltmeter.geometry.sensitivity import spectrum_of
 from tiltmeter.lm import factors
 from tiltmeter.lm.conversation import Batch
 from tiltmeter.lm.factors import Factor, Pieces
-from tiltmeter.lm.gram import Gram, gram, gram_bytes, per_layer_name
+from tiltmeter.lm.gram import Gram, combine, gram, gram_bytes, per_layer_name
 from tiltmeter.lm.layers import Recorder
 
 PAD = 5  # a token that is also used, as the end-of-turn token of SmolLM2 is
@@ -544,3 +545,69 @@ def test_agrees_with_autograd_on_the_embedded_model() -> None:
     tokens[1, 30:], labels[1, 30:] = 2, -100
     parts = [Batch(tokens[:3], labels[:3]), Batch(tokens[3:, :36], labels[3:, :36])]
     check(gram(model, parts, loss, parameters), dense(model, parts, loss, parameters), 1e-5)
+
+
+@pytest.mark.parametrize("chunk_bytes", [2**20, 2000])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("name", [*MODELS, *ODD])
+def test_weighted_sums_agree_with_autograd(name: str, dtype: torch.dtype, tolerance: float, chunk_bytes: int) -> None:
+    """One parameter is of a kind that no loss depends on."""
+    model = build(name, dtype)
+    model.register_parameter("unused", nn.Parameter(torch.ones(2, dtype=dtype)))
+    parameters = dict(model.named_parameters())
+    weights = torch.randn(3, 7, generator=torch.Generator().manual_seed(4), dtype=torch.float64) * 10
+    found = combine(model, TWO, loss, parameters, weights, chunk_bytes=chunk_bytes)
+    expected = {name: torch.zeros(3, *p.shape, dtype=torch.float64) for name, p in parameters.items()}
+    apart = [(b.tokens[i : i + 1], b.labels[i : i + 1]) for b in TWO for i in range(len(b.tokens))]
+    for column, (tokens, labels) in zip(weights.T, apart, strict=True):
+        value = loss(model(input_ids=tokens, use_cache=False).logits, labels).sum()
+        gradients = torch.autograd.grad(value, list(parameters.values()), materialize_grads=True)
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            expected[parameter] += torch.einsum("k,...->k...", column, gradient.double())
+    assert found.keys() == parameters.keys()
+    for parameter, sums in found.items():
+        assert sums.shape == expected[parameter].shape
+        assert off(sums, expected[parameter]) < 10 * tolerance, parameter
+    assert not found["unused"].any()
+
+
+def test_lifted_eigenvectors_are_orthonormal_and_do_not_depend_on_the_groups() -> None:
+    model = build("tied")
+    parameters = dict(model.named_parameters())
+    _, coefficients = spectrum_of(gram(model, TWO, loss, parameters).total)
+    found = combine(model, TWO, loss, parameters, coefficients[:, :4].T)
+    rows = torch.cat([v.reshape(4, -1) for v in found.values()], 1)
+    assert_close(rows @ rows.T, torch.eye(4, dtype=torch.float64), atol=1e-9, rtol=0)
+    again = combine(model, TWO, loss, parameters, coefficients[:, :4].T, store_bytes=1)
+    for name, rows in found.items():
+        assert_close(again[name], rows)
+
+
+def test_weights_of_another_number_of_examples_are_refused() -> None:
+    model = build("tied")
+    with pytest.raises(SpaceMismatch, match=r"expected weights \[k, 7\].*got shape \(2, 6\)"):
+        combine(model, TWO, loss, dict(model.named_parameters()), torch.ones(2, 6))
+
+
+def test_sums_that_are_not_finite_name_their_parameter() -> None:
+    model = build("tied", torch.float32)
+    with pytest.raises(NumericalError, match=r"a gradient of .* is not finite"):
+        combine(model, TWO, loss, dict(model.named_parameters()), torch.full((1, 7), 3e38))
+
+
+def test_a_second_use_by_more_examples_than_the_first_does_not_read_what_was_never_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Memory that nobody wrote is filled with NaN here."""
+    torch.manual_seed(0)
+    few, more = (Factor(0, torch.randn(b, 3, 5), torch.randn(b, 3, 4)) for b in (2, 4))
+    whole = torch.einsum("btr,btc->brc", more.left, more.right)
+    whole[:2] += torch.einsum("btr,btc->brc", few.left, few.right)
+    monkeypatch.setattr(factors, "_GHOST_ENTRY", 10**9)
+    torch.use_deterministic_algorithms(True)
+    try:
+        pieces = Pieces(torch.Size((5, 4)), [few, more])
+        assert_close(pieces.gram(4, 1), (whole.flatten(1) @ whole.flatten(1).T).double())
+        assert_close(pieces.combine(torch.eye(4), 1), whole)
+    finally:
+        torch.use_deterministic_algorithms(False)

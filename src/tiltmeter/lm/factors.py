@@ -11,7 +11,7 @@ Errors are those of float32 products of at most 2^16 terms, added up in float64.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -134,19 +134,46 @@ class Pieces:
                 _add_ghost(products, one, other, chunk_bytes)
         return products
 
+    def combine(self, weights: Tensor, chunk_bytes: int) -> Tensor:
+        """Weighted sums of the gradients, [k, *shape], for weights [k, m].
+
+        Cost: 2 (N + k m) r c operations with N positions in all, where k weight gradients would be 2 k N r c. Memory:
+        the result, and `chunk_bytes`.
+        """
+        factors = _joined(self.factors, chunk_bytes)
+        if not factors:
+            if self.rows is None:
+                return weights.new_zeros(len(weights), *self.shape)
+            return (weights.to(self.rows) @ self.rows).view(-1, *self.shape)
+        like = factors[0].right
+        weights, c = weights.to(like), self.shape[1]
+        out = like.new_empty(len(weights), self.shape.numel())
+        for start, flat in self._gradients(factors, weights.shape[1], chunk_bytes):
+            torch.mm(weights, flat, out=out[:, start * c : start * c + flat.shape[1]])
+        return out.view(-1, *self.shape)
+
     def _by_rows(self, factors: Sequence[Factor], m: int, chunk_bytes: int) -> Tensor:
         """The products from the gradients, a few rows of the parameter at a time."""
+        products = torch.zeros(m, m, dtype=torch.float64)
+        for _, flat in self._gradients(factors, m, chunk_bytes):
+            products += _add_up(flat)
+        return products
+
+    def _gradients(self, factors: Sequence[Factor], m: int, chunk_bytes: int) -> Iterator[tuple[int, Tensor]]:
+        """The gradients a few rows of the parameter at a time: first row, and [m, rows c] in a buffer used again."""
         like = factors[0].right
         r, c = self.shape
         if like.device.type == "cpu":
             chunk_bytes = min(chunk_bytes, _CACHE)
         step = min(r, max(1, chunk_bytes // (m * c * like.element_size())))
-        buffer, products = like.new_empty(m * step * c), torch.zeros(m, m, dtype=torch.float64)
+        buffer = like.new_empty(m * step * c)
         for start in range(0, r, step):
             chunk = buffer[: m * min(step, r - start) * c].view(m, -1, c)
             fresh = set(range(m))
             for factor in factors:
                 mine = set(range(m)[factor.examples])
+                if mine & fresh and not mine <= fresh:  # some of them have a gradient already, others garbage
+                    chunk[sorted(mine & fresh)] = 0
                 factor.add_to(chunk[factor.examples], start, fresh=mine <= fresh)
                 fresh -= mine
             if fresh:
@@ -154,8 +181,7 @@ class Pieces:
             flat = chunk.view(m, -1)
             if self.rows is not None:
                 flat += self.rows[:, start * c : start * c + flat.shape[1]]
-            products += _add_up(flat)
-        return products
+            yield start, flat
 
 
 def _add_up(rows: Tensor) -> Tensor:
