@@ -40,6 +40,7 @@ class Stages:
         self.name, self.began = "start", time.perf_counter()
 
     def __call__(self, stage: str) -> None:
+        """End the stage before, and begin this one."""
         seconds = round(time.perf_counter() - self.began, 1)
         row = {"stage": self.name, "seconds": seconds, "peak_gb": memory("VmHWM"), "after_gb": memory("VmRSS")}
         self.done.append(row)

@@ -26,6 +26,7 @@ def test_public_names_are_these():
         "EvaluateOptions",
         "Evaluation",
         "FunctionObjective",
+        "GuardCallback",
         "InputError",
         "Lora",
         "Measurement",
@@ -45,8 +46,11 @@ def test_public_names_are_these():
         "audit",
         "evaluate",
         "finetune",
+        "guard_callback",
+        "open_model",
         "read_recipe",
         "run_theory",
+        "with_lora",
     }
 
 

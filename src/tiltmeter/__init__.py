@@ -17,12 +17,15 @@ if TYPE_CHECKING:
     from tiltmeter.geometry.objective import FunctionObjective, Objective
     from tiltmeter.geometry.sensitivity import Sensitivity
     from tiltmeter.geometry.space import ParameterSpace
+    from tiltmeter.guards.callback import GuardCallback
     from tiltmeter.jobs.assess import Assessment, assess
     from tiltmeter.jobs.audit import Audit, AuditOptions, audit
     from tiltmeter.jobs.evaluate import EvaluateOptions, Evaluation, evaluate
     from tiltmeter.jobs.finetune import finetune
+    from tiltmeter.jobs.guarding import guard_callback
+    from tiltmeter.jobs.inputs import open_model
     from tiltmeter.jobs.recipe import Lora, Recipe, read_recipe
-    from tiltmeter.jobs.subject import Options
+    from tiltmeter.jobs.subject import Options, with_lora
     from tiltmeter.jobs.theory import TheoryCheck, run_theory
     from tiltmeter.jobs.track import Track
     from tiltmeter.lm.measurement import Measurement
@@ -42,6 +45,7 @@ _HOMES = {
     "EvaluateOptions": "jobs.evaluate",
     "Evaluation": "jobs.evaluate",
     "FunctionObjective": "geometry.objective",
+    "GuardCallback": "guards.callback",
     "InputError": "errors",
     "Lora": "jobs.recipe",
     "Measurement": "lm.measurement",
@@ -61,8 +65,11 @@ _HOMES = {
     "audit": "jobs.audit",
     "evaluate": "jobs.evaluate",
     "finetune": "jobs.finetune",
+    "guard_callback": "jobs.guarding",
+    "open_model": "jobs.inputs",
     "read_recipe": "jobs.recipe",
     "run_theory": "jobs.theory",
+    "with_lora": "jobs.subject",
 }
 
 __all__ = [
@@ -75,6 +82,7 @@ __all__ = [
     "EvaluateOptions",
     "Evaluation",
     "FunctionObjective",
+    "GuardCallback",
     "InputError",
     "Lora",
     "Measurement",
@@ -94,8 +102,11 @@ __all__ = [
     "audit",
     "evaluate",
     "finetune",
+    "guard_callback",
+    "open_model",
     "read_recipe",
     "run_theory",
+    "with_lora",
 ]
 
 

@@ -69,7 +69,8 @@ def measure_slope(
         NumericalError: a gradient is not finite.
         DegenerateError: there is no batch.
 
-    Cost: one forward+backward over all examples; memory 3 + groups vectors (groups and spread in bfloat16 when n is large).
+    Cost: one forward+backward over all examples; memory 3 + groups vectors (groups and spread in bfloat16 when n is
+        large).
     """
     count = batches.shape[0]
     if count == 0:
