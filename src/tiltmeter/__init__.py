@@ -24,10 +24,13 @@ if TYPE_CHECKING:
     from tiltmeter.jobs.finetune import finetune
     from tiltmeter.jobs.guarding import guard_callback
     from tiltmeter.jobs.inputs import open_model
+    from tiltmeter.jobs.rank import Ranking, rank
     from tiltmeter.jobs.recipe import Lora, Recipe, read_recipe
     from tiltmeter.jobs.subject import Options, with_lora
     from tiltmeter.jobs.theory import TheoryCheck, run_theory
     from tiltmeter.jobs.track import Track
+    from tiltmeter.jobs.validate import Validation, validate
+    from tiltmeter.jobs.validation_plan import read_plan
     from tiltmeter.lm.measurement import Measurement
     from tiltmeter.tracking.alarm import Budgets
     from tiltmeter.tracking.anchor import TrackerOptions
@@ -52,6 +55,7 @@ _HOMES = {
     "Objective": "geometry.objective",
     "Options": "jobs.subject",
     "ParameterSpace": "geometry.space",
+    "Ranking": "jobs.rank",
     "Recipe": "jobs.recipe",
     "Sensitivity": "geometry.sensitivity",
     "Sgd": "geometry.metric",
@@ -61,14 +65,18 @@ _HOMES = {
     "Tracker": "tracking.tracker",
     "TrackerCallback": "tracking.callback",
     "TrackerOptions": "tracking.anchor",
+    "Validation": "jobs.validate",
     "assess": "jobs.assess",
     "audit": "jobs.audit",
     "evaluate": "jobs.evaluate",
     "finetune": "jobs.finetune",
     "guard_callback": "jobs.guarding",
     "open_model": "jobs.inputs",
+    "rank": "jobs.rank",
+    "read_plan": "jobs.validation_plan",
     "read_recipe": "jobs.recipe",
     "run_theory": "jobs.theory",
+    "validate": "jobs.validate",
     "with_lora": "jobs.subject",
 }
 
@@ -89,6 +97,7 @@ __all__ = [
     "Objective",
     "Options",
     "ParameterSpace",
+    "Ranking",
     "Recipe",
     "Sensitivity",
     "Sgd",
@@ -98,14 +107,18 @@ __all__ = [
     "Tracker",
     "TrackerCallback",
     "TrackerOptions",
+    "Validation",
     "assess",
     "audit",
     "evaluate",
     "finetune",
     "guard_callback",
     "open_model",
+    "rank",
+    "read_plan",
     "read_recipe",
     "run_theory",
+    "validate",
     "with_lora",
 ]
 
