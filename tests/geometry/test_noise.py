@@ -78,7 +78,9 @@ def test_intervals_hold_the_runs_and_the_kl_is_unbiased(
             drawn = every[torch.randperm(count, generator=generator)[: steps * batch]]
         run = rate * drawn.reshape(steps, batch, dimensions).mean(1).sum(0)
         v = known.reshape(groups, -1, dimensions).mean(1)
-        noise = row_noise(v @ margin, (v * fisher) @ v.T, sample / groups, clock, clock.flow_time, batch, sample, rows)
+        noise = row_noise(
+            known @ margin, (v * fisher) @ v.T, sample / groups, clock, clock.flow_time, batch, sample, rows
+        )
         path = rate * steps * known.mean(0)
         hits += abs(float((run - path) @ margin)) <= float(noise.margin_reach(0.9)[-1])
         whole = float(path @ (fisher * path)) / 2
@@ -116,7 +118,7 @@ def test_momentum_multiplies_noise_as_it_multiplies_flow_time() -> None:
 def test_a_sample_that_is_all_noise_leaves_the_runs_own_noise() -> None:
     """With energy 40 and 1/m - 1/N = 0.05 nothing of the mean is left (1 - 2 < 0); V / a^2 = 0.01 of 40 is."""
     drawn, covered = torch.tensor([0.0, 0.04], dtype=torch.float64), torch.tensor([0.0, 2.0], dtype=torch.float64)
-    noise = RowNoise(1.0, 1.0, 40.0, 4, 0.05, drawn, covered)
+    noise = RowNoise(1.0, 1.0, 40.0, 12, 4, 0.05, drawn, covered)
     assert_close(float(noise.energy_factor()[1]), 0.4)
-    milder = RowNoise(1.0, 1.0, 10.0, 4, 0.05, drawn, covered)
+    milder = RowNoise(1.0, 1.0, 10.0, 12, 4, 0.05, drawn, covered)
     assert_close(float(milder.energy_factor()[1]), 1 + 10 * (0.01 - 0.05))

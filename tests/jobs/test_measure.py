@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -120,3 +122,31 @@ def test_a_loss_without_a_gradient_is_an_error(subject: Subject) -> None:
     tuning = scaled(prepare_tuning(subject, SUMS, recipe, OPTIONS), 0.0)
     with pytest.raises(NumericalError, match=r"norm 0\.0; expected a positive number"):
         measure(subject, tuning, recipe, OPTIONS, silent)
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1e2])
+@pytest.mark.parametrize("clipped", [False, True])
+def test_rows_scatter_as_batches_of_them_do(subject: Subject, scale: float, clipped: bool) -> None:
+    """The margin's slope along every batch of four of eight rows, batch by batch, against the scatter of the rows.
+
+    A batch's mean is over its tokens, so the rows' lengths differ; a mean of half of all rows has variance sigma^2 / 8.
+    """
+    lengths = ("It is.", "It is so.", "It is so and so.", "It is so and so and so.")
+    rows = tuple({"prompt": f"What is {i}?", "completion": f"{lengths[i % 4]} {i}"} for i in range(8))
+    recipe = Recipe("sgd", learning_rate=1e-5 / scale, steps=4, batch_size=2, max_grad_norm=1e-3 if clipped else 0.0)
+    tuning = scaled(prepare_tuning(subject, RowSet("rows", rows, "d"), recipe, OPTIONS), scale)
+    found = measure(subject, tuning, recipe, OPTIONS, silent)
+    counts = torch.tensor([float(example.supervised) for example in tuning.encoded.examples], dtype=torch.float64)
+    alone = torch.stack([tuning.objective.gradient(torch.eye(8, dtype=torch.float64)[i]) for i in range(8)])
+    shrink = 1.0
+    if clipped:
+        norms = torch.stack([(weights[:, None] * alone).sum(0).norm() for weights in tuning.batches])
+        shrink = float((1e-3 / norms).clamp_max(1).mean())
+        assert shrink < 1
+    slopes = []
+    for chosen in itertools.combinations(range(8), 4):
+        batch = list(chosen)
+        gradient = alone[batch].sum(0) * counts.mean() / counts[batch].sum()
+        slopes.append(shrink * float(gradient @ subject.margin_gradient))
+    spread = torch.tensor(slopes, dtype=torch.float64).std(correction=0)
+    assert_close(found.noise.margin / math.sqrt(8), float(spread), rtol=0.1, atol=0)

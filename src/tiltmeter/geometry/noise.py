@@ -57,7 +57,8 @@ class RowNoise:
         margin: standard deviation of the margin's change per flow time between rows, nats; NaN if unknown.
         speed: standard deviation of the KL's relative change between rows (2 v'F xi / v'F v); NaN if unknown.
         energy: tr(F Sigma_1) / v'F v: how much longer, in KL, a row's direction is than their mean's; NaN if unknown.
-        groups: groups of rows these come from.
+        rows: rows that the margin's scatter comes from.
+        groups: groups of rows that the other two come from.
         sampled: 1/m - 1/N, variance of the sample's mean for rows of variance 1.
         drawn: [steps + 1], V_k.
         covered: [steps + 1], a_k.
@@ -66,18 +67,15 @@ class RowNoise:
     margin: float
     speed: float
     energy: float
+    rows: int
     groups: int
     sampled: float
     drawn: Tensor
     covered: Tensor
 
-    def quantile(self, level: float) -> float:
-        """Student's quantile for a scatter known from a few groups; infinite for one."""
-        return float(stats.t.ppf((1 + level) / 2, self.groups - 1)) if self.groups > 1 else math.nan
-
     def margin_reach(self, level: float) -> Tensor:
         """Half-width of the mean margin after 0, 1, ... steps, nats, [steps + 1]."""
-        return self.quantile(level) * self.margin * (self.drawn + self.covered.square() * self.sampled).sqrt()
+        return quantile(level, self.rows) * self.margin * (self.drawn + self.covered.square() * self.sampled).sqrt()
 
     def relative_reach(self, level: float) -> Tensor:
         """Half-width of the KL after 0, 1, ... steps as a share of it, [steps + 1]; zero where nothing is covered.
@@ -88,7 +86,7 @@ class RowNoise:
         Error: 90 % intervals of 1500 simulated runs held their KL in 90 % with a row's noise half as long as the mean,
             in 92 to 93 % with noise half as long again as the mean (12 rows in 4 groups).
         """
-        linear = self.quantile(level) * self.speed * (self._drawn_share() + self.sampled).sqrt()
+        linear = quantile(level, self.groups) * self.speed * (self._drawn_share() + self.sampled).sqrt()
         return linear + linear.square() / 4
 
     def energy_factor(self) -> Tensor:
@@ -107,6 +105,11 @@ class RowNoise:
         return torch.where(self.covered > 0, self.drawn / self.covered.square().clamp_min(1e-300), 0.0)
 
 
+def quantile(level: float, samples: int) -> float:
+    """Student's quantile for a scatter known from a few samples; NaN for one."""
+    return float(stats.t.ppf((1 + level) / 2, samples - 1)) if samples > 1 else math.nan
+
+
 def row_noise(
     slopes: Tensor,
     forms: Tensor,
@@ -117,10 +120,10 @@ def row_noise(
     sample: int,
     rows: int | None,
 ) -> RowNoise:
-    """Turn the scatter of a few groups of rows into that of rows.
+    """Noise of rows from what each adds to the margin's slope and from the KL of a few groups' directions.
 
     Args:
-        slopes: [J], change of the mean margin per flow time along each group's direction, nats.
+        slopes: [m], change of the mean margin per flow time along each row's direction, nats; only its scatter counts.
         forms: [J, J], v_i' F v_j of the groups, mean over prompts.
         per_group: rows in a group.
         clock: learning rates of the run.
@@ -131,14 +134,15 @@ def row_noise(
 
     The plain mean direction is the one the path follows, so its own form is the scale.
     """
-    j = slopes.numel()
+    j, known = forms.shape[0], slopes.numel()
+    margin = float(slopes.double().std()) if known > 1 else math.nan
     # momentum covers a multiple of the plain flow time, and its noise is multiplied alike
     plain = clock.flow_time
     gain = torch.where(plain > 0, covered / plain.clamp_min(1e-300), 1.0)
     drawn = draw_variance(clock, batch, rows) * gain.square()
     sampled = max(0.0, 1 / sample - (1 / rows if rows else 0.0))
     if j < 2:
-        return RowNoise(math.nan, math.nan, math.nan, j, sampled, drawn, covered)
+        return RowNoise(margin, math.nan, math.nan, known, j, sampled, drawn, covered)
     whole = float(forms.mean())
     inside = float(torch.diagonal(forms).mean())
     between = (float(forms.sum()) - inside * j) / (j * (j - 1))
@@ -146,11 +150,12 @@ def row_noise(
     # (J - 2)/(J - 1)
     along = (forms.sum(1) - torch.diagonal(forms)) / max(j - 2, 1)
     if not whole > 0:
-        return RowNoise(float(slopes.std()) * math.sqrt(per_group), math.nan, math.nan, j, sampled, drawn, covered)
+        return RowNoise(margin, math.nan, math.nan, known, j, sampled, drawn, covered)
     return RowNoise(
-        float(slopes.double().std()) * math.sqrt(per_group),
+        margin,
         2 * float(along.double().std()) * math.sqrt(per_group) / whole if j > 2 else math.nan,
         (inside - between) * per_group / whole,
+        known,
         j,
         sampled,
         drawn,

@@ -59,6 +59,7 @@ def plan(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options) -> 
     points = len(recipe.clock().grid(options.grid)) * (3 if krylov else 2) + 1
     planned.add("forward", (answers + openings) * points + rows)
     planned.add("forward_backward", 2 * rows)
+    planned.add("jvp", rows)
     directions = 1 + (groups if recipe.optimizer != "sgd" or groups < 2 else 0)
     if groups > 1:
         directions += groups + 2

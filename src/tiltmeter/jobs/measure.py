@@ -107,7 +107,8 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
     slope = replace(
         slope, groups=()
     )  # as large as two copies of the model: turned into directions one by one, then freed
-    slopes, forms = _along(subject, metric, slope, groups, overlap)
+    rows = _row_slopes(subject, tuning, metric, slope, clip)
+    forms = _forms(subject, metric, slope, groups, overlap)
     report("curvature coupling")
     coupling = None if acceleration is None else measure_coupling(divergence, slope, acceleration, overlap)
     del acceleration
@@ -149,9 +150,9 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
         (divergence.losses(walk), -subject.negative_margin.losses(walk)),
         length,
         row_noise(
-            slopes,
+            rows,
             forms,
-            sample / len(slopes),
+            sample / len(forms),
             clock,
             covered,
             recipe.batch_size,
@@ -179,26 +180,38 @@ def _random(like: Tensor, length: float, seed: int) -> Tensor:
     return out.mul_(length / norm(out))
 
 
-def _along(
-    subject: Subject, metric: Adam | Sgd, slope: Slope, groups: list[Tensor], overlap: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Change of minus the margin [J] and Fisher forms [J, J] along each group's direction in the optimiser's metric.
+def _preconditioned(metric: Adam | Sgd, slope: Slope, vector: Tensor) -> Tensor:
+    """D v [n] in the metric that all batches together give, in the dtype of v."""
+    if isinstance(metric, Sgd):
+        return vector
+    out = torch.empty_like(vector)
+    for part in pieces(vector):
+        out[part] = (metric.preconditioner(slope.mean[part], slope.spread[part]) * vector[part]).to(vector.dtype)
+    return out
 
-    The preconditioner is that of all batches. `groups` is emptied.
+
+def _row_slopes(subject: Subject, tuning: Tuning, metric: Adam | Sgd, slope: Slope, clip: float | None) -> Tensor:
+    """What each tuning row adds to the margin's slope, less what a row of its length adds on average, [m], nats.
+
+    A trainer's loss is a mean over tokens: a row of c tokens with slope s pulls by s - c (sum s / sum c). Clipping
+    shortens every batch's pull; on average by the same share for all rows.
+
+    Cost: one JVP of the tuning sample.
     """
+    pulled = tuning.objective.directional(_preconditioned(metric, slope, subject.margin_gradient)).double()
+    counts = torch.tensor([example.supervised for example in tuning.encoded.examples], dtype=torch.float64)
+    kept = 1.0 if clip is None else float((clip / slope.norms).clamp_max(1.0).mean())
+    return kept * (pulled - counts * pulled.sum() / counts.sum())
+
+
+def _forms(subject: Subject, metric: Adam | Sgd, slope: Slope, groups: list[Tensor], overlap: Tensor) -> Tensor:
+    """Fisher forms [J, J] of the groups' directions in the optimiser's metric, mean over prompts; empties `groups`."""
+    if isinstance(metric, Sgd):
+        return overlap.mean(0)
     directions = []
     while groups:
-        group = groups.pop(0)
-        if isinstance(metric, Adam):
-            direction = torch.empty_like(group)
-            for part in pieces(group):
-                preconditioner = metric.preconditioner(slope.mean[part], slope.spread[part])
-                direction[part] = (preconditioner * group[part]).to(group.dtype)
-            group = direction
-        directions.append(group)
-    slopes = [dot(subject.margin_gradient, v) for v in directions]
-    forms = overlap if isinstance(metric, Sgd) else subject.divergence.fisher_form(directions)
-    return torch.tensor(slopes, dtype=torch.float64), forms.mean(0)
+        directions.append(_preconditioned(metric, slope, groups.pop(0)))
+    return subject.divergence.fisher_form(directions).mean(0)
 
 
 def _decayed(subject: Subject, recipe: Recipe) -> Tensor | None:
