@@ -117,3 +117,13 @@ def test_refusals_move_with_the_odds_of_the_openings() -> None:
     unknown = made(-2.0, rate=Measurement(None, None, None, 0, 6, "share", "no item could be scored"))
     assert bool(unknown.refusal_rate.value.isnan().all())
     assert_close(outlook.below_zero, torch.tensor([0.0, 0.5, 1.0, 1.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("stretch", [0.25, 1.0, 4.0])
+def test_the_noise_factor_moves_the_kl_and_its_interval_still_holds_the_bare_path(stretch: float) -> None:
+    bare, bent = made(-0.2).safety_kl, made(-0.2, stretch=stretch).safety_kl
+    assert_close(bent.value, stretch * bare.value)
+    assert bool((bent.low <= bare.value + 1e-15).all())
+    assert bool((bare.value <= bent.high + 1e-15).all())
+    # the rest of the width grows with the value
+    assert_close(bent.high - bent.low - (bent.value - bare.value).abs(), stretch * (bare.high - bare.low))

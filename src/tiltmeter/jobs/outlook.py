@@ -94,7 +94,9 @@ def look_out(subject: Subject, found: Findings, options: Options) -> Outlook:
     bent, unbent = main.safety_kl * factor, straight.safety_kl * factor
     kl_reach = bent.mean(-1) * found.noise.relative_reach(options.level)[at]
     kl = combine(bent, options.level, kl_reach, unbent.mean(-1) - bent.mean(-1))
-    kl = Curve(kl.value, kl.low.clamp_min(0), kl.high)
+    # the factor comes from a few groups and may be off as far as it reaches
+    free = main.safety_kl.mean(-1) - kl.value
+    kl = Curve(kl.value, (kl.low - (-free).clamp_min(0)).clamp_min(0), kl.high + free.clamp_min(0))
     gap = straight_change.mean(-1) - change.mean(-1)
     margin_reach = found.noise.margin_reach(options.level)[at]
     margin = combine(main.margin, options.level, margin_reach, gap)
