@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 OUT ?= demo-output
 
-.PHONY: guards setup demo test lint types check clean validate
+.PHONY: guards setup demo test lint types check bench clean validate
 
 setup: $(STAMP)
 
@@ -41,10 +41,13 @@ types: setup
 
 check: lint types test
 
+bench: setup
+	$(BIN)/python benchmarks/performance.py
+
 # All guards on demo:tiny, about an hour on one core; finished runs are kept, so it can be interrupted.
 guards: setup
 	$(BIN)/python benchmarks/guards.py
 	$(BIN)/python benchmarks/guards.py --table
 
 clean:
-	rm -rf $(VENV) dist build $(OUT)
+	rm -rf $(VENV) .venv-* dist build $(OUT)

@@ -1,0 +1,183 @@
+"""What things cost, as ratios of CPU times taken in one run on the same inputs, on one thread.
+
+    python benchmarks/performance.py                    every section
+    python benchmarks/performance.py fisher products    some of them; the others stay as they were measured
+    make bench                                          the same as the first
+
+Sections (see `performance_parts.py`): fisher (4.2 M-parameter Llama of random weights against alignment-risk 1.14.1,
+which gets an environment of its own, `.venv-alignment-risk`, with torch borrowed from ours), gram and products
+(SmolLM2-135M-Instruct), scaling, tracker, assess (read off assess-cost-full.json) and fsdp2. Every section goes into
+benchmarks/results/performance.json as soon as it is done, with its own date.
+
+Ratios with `fb` in their names are in forward+backward passes over the same data.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tiltmeter.jobs.provenance import provenance
+from tiltmeter.store import write_text
+
+HERE = Path(__file__).parent
+RESULT = HERE / "results" / "performance.json"
+ASSESSMENT = HERE / "results" / "assess-cost-full.json"
+RIVAL = HERE.parent / ".venv-alignment-risk"
+PARTS = HERE / "performance_parts.py"
+
+NO_GPU = "there was no GPU on the machine that this was measured on"
+
+#: Figures of the issue of this benchmark that no section here measures.
+UNMEASURED = {
+    "bf16_7b_lora_assess": NO_GPU,
+    "four_bit": NO_GPU,
+    "gram_16_vectors_fb_ratio": "16 vectors of 135 M numbers take 8.6 GB, which the machine could not spare; "
+    "gram_vectors_fb_ratio is with 4 of them, and with 16 on the 4.2 M-parameter model",
+    "curvlinops": "not compared",
+    "hessian_eigenthings": "not compared",
+}
+
+Figures = dict[str, Any]
+
+
+def alone(*words: str, python: Path = Path(sys.executable), script: Path = PARTS) -> Figures:
+    """Run a part in a process of its own, on one thread; its last line is what it found."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [str(python), str(script), *words]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
+    found: Figures = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def rival() -> Path:
+    """Python of an environment with alignment-risk alone; torch and the rest are those of this one."""
+    python = RIVAL / "bin" / "python"
+    if not python.exists():
+        subprocess.run([sys.executable, "-m", "venv", str(RIVAL)], check=True)
+        site = next(RIVAL.glob("lib/python*/site-packages"))
+        ours = next(path for path in map(Path, sys.path) if (path / "torch").is_dir())
+        (site / "borrowed.pth").write_text(f"{ours}\n", encoding="utf-8")
+        install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        subprocess.run([str(python), *install, "alignment-risk==1.14.1"], check=True)
+    return python
+
+
+def fisher() -> Figures:
+    """Top 16 Fisher directions of 64 examples, ours and theirs; their numbers over ours."""
+    inputs = RIVAL.parent / ".venv-alignment-risk-inputs"
+    python = rival()
+    alone("fisher-inputs", str(inputs))
+    found = {name: alone(f"fisher-{name}", str(inputs)) for name in ("directions", "vectors")}
+    for method in ("svd", "randomized_svd"):
+        found[method] = alone(str(inputs), method, python=python, script=HERE / "performance_rival.py")
+    theirs, ours = found["svd"], found["vectors"]
+    out: Figures = {"measured": {name: _without(part, "eigenvalues") for name, part in found.items()}}
+    for prefix, part in (("", ours), ("sample_space_", found["directions"])):
+        out[f"{prefix}cpu_ratio"] = theirs["cpu_s"] / part["cpu_s"]
+        out[f"{prefix}memory_ratio"] = theirs["extra_peak_gb"] / part["extra_peak_gb"]
+    out["randomized_svd_cpu_ratio"] = found["randomized_svd"]["cpu_s"] / ours["cpu_s"]
+    out["largest_eigenvalue_difference"] = max(
+        abs(a / b - 1) for a, b in zip(theirs["eigenvalues"], ours["eigenvalues"], strict=True)
+    )
+    return out
+
+
+def gram() -> Figures:
+    """Gram matrix of 64 examples of the 135 M-parameter model, and four vectors lifted from it."""
+    found = alone("gram")
+    found["forward_backward_extra_peak_gb"] = alone("gram-passes")["extra_peak_gb"]
+    found["memory_beyond_fb_gb"] = found["extra_peak_gb"] - found["forward_backward_extra_peak_gb"]
+    return found
+
+
+def assess() -> Figures:
+    """One whole assessment of the 135 M-parameter model, counted; benchmarks/assess_cost.py measures it."""
+    told = json.loads(ASSESSMENT.read_text(encoding="utf-8"))
+    return {
+        "fb_ratio": told["cost"]["fb_equivalents"],
+        "peak_gb": told["peak_gb"],
+        "cpu_threads": told["threads"],
+        "options": {key: told["options"][key] for key in ("max_safety", "max_tuning", "max_length", "rank")},
+        "tokens": told["supervised_and_context_tokens"],
+        "measured_on": told["created"],
+    }
+
+
+SECTIONS: dict[str, Callable[[], Figures]] = {
+    "fisher": fisher,
+    "gram": gram,
+    "products": lambda: alone("products"),
+    "scaling": lambda: alone("scaling"),
+    "tracker": lambda: alone("tracker"),
+    "assess": assess,
+    "fsdp2": lambda: alone("fsdp2"),
+}
+
+#: Key of the result -> section, key there.
+HEADLINES = {
+    "gram_fb_ratio": ("gram", "fb_ratio"),
+    "gram_vectors_fb_ratio": ("gram", "with_vectors_fb_ratio"),
+    "gram_memory_beyond_fb_gb": ("gram", "memory_beyond_fb_gb"),
+    "hvp_fb_ratio": ("products", "hvp_fb_ratio"),
+    "hvp_difference_fb_ratio": ("products", "hvp_difference_fb_ratio"),
+    "hvp_difference_error": ("products", "hvp_difference_error"),
+    "jvp_fb_ratio": ("products", "jvp_fb_ratio"),
+    "assess_fb_ratio": ("assess", "fb_ratio"),
+    "assess_peak_gb": ("assess", "peak_gb"),
+    "tracker_overhead": ("tracker", "overhead"),
+    "fsdp2_memory_ratio": ("fsdp2", "memory_ratio"),
+}
+FISHER = (
+    "cpu_ratio",
+    "memory_ratio",
+    "sample_space_cpu_ratio",
+    "sample_space_memory_ratio",
+    "randomized_svd_cpu_ratio",
+    "largest_eigenvalue_difference",
+)
+
+
+def assembled(sections: dict[str, Figures]) -> Figures:
+    """The record: headline figures, null with a reason where there is none, and the sections they come from."""
+    reasons = dict(UNMEASURED)
+    out: Figures = {"threads": 1, "sections": sections, "reasons": reasons}
+    for key, (section, inner) in HEADLINES.items():
+        out[key] = sections.get(section, {}).get("figures", {}).get(inner)
+        if out[key] is None:
+            told = sections.get(section, {}).get("figures", {}).get("reason")
+            reasons[key] = told or f"the section {section} was not run yet"
+    figures = sections.get("fisher", {}).get("figures", {})
+    out["fisher_vs_alignment_risk"] = {key: figures.get(key) for key in FISHER}
+    if not figures:
+        reasons["fisher_vs_alignment_risk"] = "the section fisher was not run yet"
+    return out
+
+
+def _without(part: Figures, key: str) -> Figures:
+    return {name: value for name, value in part.items() if name != key}
+
+
+def main() -> None:
+    """Run the sections that are named, or all, and write after each."""
+    names = sys.argv[1:] or list(SECTIONS)
+    unknown = [name for name in names if name not in SECTIONS]
+    if unknown:
+        sys.exit(f"no section {unknown[0]}; there are {', '.join(SECTIONS)}")
+    for name in names:
+        begin = time.perf_counter()
+        figures = SECTIONS[name]()
+        stored = json.loads(RESULT.read_text(encoding="utf-8"))["sections"] if RESULT.exists() else {}
+        stored[name] = {**provenance("cpu"), "figures": figures}
+        write_text(RESULT, json.dumps(assembled(stored), indent=1, sort_keys=True, allow_nan=False) + "\n")
+        print(f"{name:<10} {time.perf_counter() - begin:5.0f} s  {json.dumps(figures)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

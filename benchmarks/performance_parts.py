@@ -1,0 +1,283 @@
+"""The parts of `performance.py` that are measured in a process of their own: `python performance_parts.py PART [...]`.
+
+Each prints one line of JSON. CPU time is that of the process, on one thread; memory is the rise of its largest resident
+size over what it was after one small forward and backward pass.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from tiltmeter import Tracker, TrackerOptions, demo
+from tiltmeter.demo.models import model as embedded
+from tiltmeter.geometry.sensitivity import spectrum_of
+from tiltmeter.geometry.space import norm
+from tiltmeter.jobs.demo import MODEL, RECIPES, SAFETY
+from tiltmeter.jobs.inputs import open_model
+from tiltmeter.jobs.subject import with_lora
+from tiltmeter.lm.conversation import Batch, Example, batches, encode
+from tiltmeter.lm.forward import Forward
+from tiltmeter.lm.gram import combine
+from tiltmeter.lm.gram import gram as gram_of
+from tiltmeter.lm.model import trainable
+from tiltmeter.lm.objective import likelihood_objective
+from tiltmeter.lm.scores import score_loss
+
+RANK, EXAMPLES, LENGTH, SUPERVISED = 16, 64, 64, 24
+
+Figures = dict[str, Any]
+
+
+def peak_gb() -> float:
+    """Largest memory this process has had, GB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+
+
+def cpu_seconds(work: Callable[[], object]) -> float:
+    """CPU time of a piece of work."""
+    start = time.process_time()
+    work()
+    return time.process_time() - start
+
+
+def in_passes(work: Callable[[], object], forward_backward: Callable[[], object]) -> tuple[float, float]:
+    """CPU seconds of a piece of work, and the same over the mean of passes before and after it."""
+    before, spent, after = cpu_seconds(forward_backward), cpu_seconds(work), cpu_seconds(forward_backward)
+    return spent, 2 * spent / (before + after)
+
+
+def random_batch(examples: int, length: int, vocabulary: int, shortest: float = 0.7) -> Batch:
+    """Random tokens of random lengths, right-padded; the last 24 of each are supervised."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(3, vocabulary, (examples, length), generator=generator)
+    ends = torch.randint(int(shortest * length), length + 1, (examples, 1), generator=generator)
+    ends[0] = length
+    place = torch.arange(length)
+    tokens = tokens.masked_fill(place >= ends, 2)
+    return Batch(tokens, tokens.masked_fill((place >= ends) | (place < ends - SUPERVISED), -100))
+
+
+def split(batch: Batch, size: int) -> list[Batch]:
+    """A batch in micro-batches."""
+    return [Batch(*pair) for pair in zip(batch.tokens.split(size), batch.labels.split(size), strict=True)]
+
+
+def random_llama(width: int = 256, layers: int = 4, vocabulary: int = 2048) -> Any:
+    """A Llama of random weights; by default 4.2 M parameters."""
+    torch.manual_seed(0)
+    settings = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        intermediate_size=int(width * 2.6875),
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        initializer_range=0.05,
+        pad_token_id=2,
+    )
+    return LlamaForCausalLM(settings).eval()
+
+
+def smollm() -> Any:
+    """The embedded 135 M-parameter model."""
+    return AutoModelForCausalLM.from_pretrained(embedded("demo:base").folder, dtype=torch.float32).eval()
+
+
+def fisher_inputs(folder: str) -> Figures:
+    """Write the model and the examples that both sides get."""
+    model, batch = random_llama(), random_batch(EXAMPLES, LENGTH, 2048)
+    model.save_pretrained(folder)
+    save_file({"tokens": batch.tokens, "labels": batch.labels}, f"{folder}/batch.safetensors")
+    return {"parameters": sum(p.numel() for p in model.parameters())}
+
+
+def fisher(folder: str, vectors: bool) -> Figures:
+    """Eigenvalues and directions of F = G'G / 64: as combinations of examples, or lifted to vectors as well."""
+    model = LlamaForCausalLM.from_pretrained(folder).eval()
+    held = load_file(f"{folder}/batch.safetensors")
+    parts = split(Batch(held["tokens"], held["labels"]), 8)
+    parameters = dict(model.named_parameters())
+    score_loss(model(input_ids=parts[0].tokens[:1], use_cache=False).logits, parts[0].labels[:1]).sum().backward()
+    out: Figures = {}
+
+    def work() -> None:
+        values, coefficients = spectrum_of(gram_of(model, parts, score_loss, parameters).total)
+        out["eigenvalues"] = values[:RANK].tolist()
+        if vectors:
+            combine(model, parts, score_loss, parameters, coefficients[:, :RANK].T)
+
+    before = peak_gb()
+    out["cpu_s"] = cpu_seconds(work)
+    return {**out, "extra_peak_gb": peak_gb() - before}
+
+
+def gram() -> Figures:
+    """Gram matrix of the 135 M-parameter model, then 4 vectors lifted, against plain passes over the same data."""
+    model = smollm()
+    parameters = trainable(model)
+    parts = split(random_batch(EXAMPLES, 48, model.config.vocab_size), 32)
+
+    def passes() -> None:
+        for part in parts:
+            score_loss(model(input_ids=part.tokens, use_cache=False).logits, part.labels).sum().backward()
+        model.zero_grad()
+
+    score_loss(model(input_ids=parts[0].tokens[:1], use_cache=False).logits, parts[0].labels[:1]).sum().backward()
+    model.zero_grad()
+    before, found = peak_gb(), []
+
+    def products() -> None:
+        found.append(gram_of(model, parts, score_loss, parameters).total)
+
+    first = cpu_seconds(passes)
+    products_s = cpu_seconds(products)
+    peak = peak_gb() - before
+    _, coefficients = spectrum_of(found[0])
+    four = coefficients[:, :4].T
+    between = cpu_seconds(passes)
+    vectors_s = cpu_seconds(lambda: combine(model, parts, score_loss, parameters, four))
+    last = cpu_seconds(passes)
+    ratio = 2 * products_s / (first + between)
+    return {
+        "examples": EXAMPLES,
+        "tokens": EXAMPLES * 48,
+        "forward_backward_cpu_s": [first, between, last],
+        "cpu_s": products_s,
+        "fb_ratio": ratio,
+        "vectors": 4,
+        "vectors_cpu_s": vectors_s,
+        "with_vectors_fb_ratio": ratio + 2 * vectors_s / (between + last),
+        "extra_peak_gb": peak,
+    }
+
+
+def gram_passes() -> Figures:
+    """Memory of a plain forward and backward pass over one of the same micro-batches."""
+    model = smollm()
+    part = split(random_batch(EXAMPLES, 48, model.config.vocab_size), 32)[0]
+    score_loss(model(input_ids=part.tokens[:1], use_cache=False).logits, part.labels[:1]).sum().backward()
+    model.zero_grad()
+    before = peak_gb()
+    score_loss(model(input_ids=part.tokens, use_cache=False).logits, part.labels).sum().backward()
+    return {"extra_peak_gb": peak_gb() - before}
+
+
+def products() -> Figures:
+    """Hessian and Jacobian products of the 135 M-parameter model, against a gradient through the same objective."""
+    model = smollm()
+    forward = Forward(model, trainable(model))
+    batch = random_batch(4, 48, model.config.vocab_size)
+    rows = zip(batch.tokens.tolist(), batch.labels.tolist(), strict=True)
+    examples = [Example(tuple(tokens), tuple(labels), i) for i, (tokens, labels) in enumerate(rows)]
+    exact, difference = (
+        likelihood_objective(forward, examples, 2, 192, per="token", hessian=kind) for kind in ("exact", "difference")
+    )
+    v = exact.gradient()
+    v.div_(norm(v))
+    found: dict[str, torch.Tensor] = {}
+
+    def keep(name: str, work: Callable[[], torch.Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            found[name] = work()
+
+        return run
+
+    out: Figures = {"examples": 4, "tokens": exact.work, "parameters": forward.space.size}
+    for name, work in {
+        "jvp": lambda: exact.directional(v),
+        "hvp_difference": lambda: difference.hvp(v),
+        "hvp": lambda: exact.hvp(v),
+    }.items():
+        out[f"{name}_cpu_s"], out[f"{name}_fb_ratio"] = in_passes(keep(name, work), exact.gradient)
+    out["hvp_difference_error"] = norm(found["hvp_difference"] - found["hvp"]) / norm(found["hvp"])
+    out["extra_peak_gb"] = peak_gb()
+    return out
+
+
+def scaling() -> Figures:
+    """CPU time of the Gram matrix in examples, tokens and parameters, and of the eigenproblem in the rank."""
+
+    def spent(model: Any, examples: int, length: int) -> Figures:
+        parts = split(random_batch(examples, length, 2048), 8)
+        parameters = dict(model.named_parameters())
+        gram_of(model, parts[:1], score_loss, parameters)
+        seconds = cpu_seconds(lambda: gram_of(model, parts, score_loss, parameters))
+        tokens, n = examples * length, sum(p.numel() for p in model.parameters())
+        return {"examples": examples, "tokens": tokens, "parameters": n, "cpu_s": seconds}
+
+    model = random_llama()
+    return {
+        "examples": [spent(model, m, 64) for m in (16, 32, 64, 128)],
+        "tokens": [spent(model, 32, t) for t in (32, 64, 128, 256)],
+        "parameters": [spent(random_llama(width, layers), 32, 64) for width, layers in ((128, 2), (256, 4), (512, 8))],
+    }
+
+
+def tracker() -> Figures:
+    """Steps of a LoRA fine-tune of the 135 M-parameter model, and measurements of the tracker between them."""
+    recipe = RECIPES["lora"]
+    opened = with_lora(open_model(MODEL, device="cpu"), recipe.lora, 0)
+    loaded = opened.loaded
+    options = TrackerOptions(max_safety=8, response_tokens=12, max_length=112, rank=4)
+    folder = Path(sys.argv[2]) if len(sys.argv) > 2 else Path.cwd() / ".venv-alignment-risk-inputs" / f"{time.time()}"
+    watched = Tracker(loaded.model, loaded.tokenizer, demo.rows(SAFETY), folder, options=options)
+    rows = encode(demo.rows("demo:gsm8k")[: 3 * recipe.batch_size], loaded.tokenizer, 112).examples
+    optimizer = torch.optim.AdamW(trainable(loaded.model).values(), lr=recipe.learning_rate)
+    stepping, measuring = [], []
+
+    def step(batch: Batch) -> None:
+        loaded.model(input_ids=batch.tokens, labels=batch.labels, use_cache=False).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    for i in range(3):
+        chosen = rows[i * recipe.batch_size : (i + 1) * recipe.batch_size]
+        ((_, batch),) = batches(chosen, loaded.tokenizer.pad_token_id, 10**6)
+        stepping.append(cpu_seconds(lambda batch=batch: step(batch)))
+        watched.observe(i + 1, recipe.learning_rate, batch.tokens.numel())
+        if i:  # steps 5 and 9: at powers of two more is measured
+            measuring.append(cpu_seconds(lambda i=i: watched.measure(4 * i + 1)))
+    every = watched.schedule.every
+    step_s, measure_s = sum(stepping) / 3, sum(measuring) / 2
+    return {
+        "every": every,
+        "step_cpu_s": step_s,
+        "measurement_cpu_s": measure_s,
+        "overhead": measure_s / (every * step_s),
+        "prompts": 8,
+        "batch_size": recipe.batch_size,
+    }
+
+
+def fsdp2() -> Figures:
+    """Not measured."""
+    return {
+        "memory_ratio": None,
+        "reason": "measuring on sharded parameters is refused, so there is nothing to compare",
+    }
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    part, *words = sys.argv[1:]
+    run: dict[str, Callable[..., Figures]] = {
+        "fisher-inputs": fisher_inputs,
+        "fisher-directions": lambda folder: fisher(folder, vectors=False),
+        "fisher-vectors": lambda folder: fisher(folder, vectors=True),
+        "gram": gram,
+        "gram-passes": gram_passes,
+        "products": products,
+        "scaling": scaling,
+        "tracker": lambda *folder: tracker(),
+        "fsdp2": fsdp2,
+    }
+    print(json.dumps(run[part](*words)))
