@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from tiltmeter.errors import SpaceMismatch
-from tiltmeter.geometry.space import PIECE, ParameterSpace, dot, norm
+from tiltmeter.geometry.space import PIECE, ParameterSpace, dot, norm, products
 
 SPACE = ParameterSpace(("b", "a", "c"), ((2, 3), (), (4,)))
 
@@ -76,3 +76,14 @@ def test_dot_keeps_its_promise_at_every_length(n: int, dtype: torch.dtype) -> No
     size = math.sqrt(math.fsum(a.double().square().tolist()) * math.fsum(b.double().square().tolist()))
     assert abs(dot(a, b) - exact) <= (1e-6 if dtype == torch.float32 else 1e-14) * size
     assert_close(norm(a), math.sqrt(math.fsum(a.double().square().tolist())), rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("n", [7, PIECE, 3 * PIECE + 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_products_are_all_the_inner_products(n: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(n)
+    rows, others = (torch.randn(k, n, generator=generator).to(dtype) for k in (3, 2))
+    d = torch.rand(n, generator=generator) + 1
+    dense = (rows.double() * d.double()) @ others.double().T
+    assert_close(products(tuple(rows), tuple(others), d), dense, atol=1e-5 * n**0.5, rtol=0)
+    assert_close(products(tuple(rows), tuple(others)), rows.double() @ others.double().T, atol=1e-5 * n**0.5, rtol=0)

@@ -7,10 +7,13 @@ import torch
 from worlds import World
 
 from tiltmeter.errors import ModelError, OutputExists
+from tiltmeter.geometry.objective import Counted
+from tiltmeter.geometry.sensitivity import DenseBasis, SampleBasis
 from tiltmeter.geometry.systems import DOUBLE
 from tiltmeter.guards.budget import CurvatureBudget
 from tiltmeter.guards.ewc import ElasticWeights
 from tiltmeter.guards.gu import MetricGradientProjection
+from tiltmeter.guards.hold import STEPS_DOWNHILL, hold
 from tiltmeter.guards.lox import top_part
 from tiltmeter.guards.safe_lora import onto_alignment, similarity
 from tiltmeter.guards.safegrad import SafeGrad
@@ -108,16 +111,45 @@ def test_the_held_out_kl_never_ends_above_the_budget(budget, optimizer):
     assert any("pulled back" in entry.what or "ellipsoid" in entry.what for entry in guard.memory.log)
 
 
-def test_sample_space_and_dense_directions_give_one_run(monkeypatch):
+@pytest.mark.parametrize("rate", [1e-4, 2e-3])
+def test_sample_space_and_dense_directions_give_one_run(monkeypatch, rate):
     """Every step, flat directions: coordinates by JVP and lifts by backward pass, or by inner products."""
     ends = []
     for dense in (2**26, 0):
         monkeypatch.setattr("tiltmeter.guards.budget.DENSE", dense)
-        world = World("adamw", 0.02, bend=0.0)
+        world = World("sgd", rate, bend=0.0)
         world.train(CurvatureBudget(budget_kl=0.0, check=0, steer=False, refresh=10**6, carry=False), 8)
         ends.append(world.flat.clone())
     # the system's scores are weighted by the distribution as it stands, so the two agree to second order
-    torch.testing.assert_close(ends[0], ends[1], rtol=1e-3, atol=1e-4)
+    assert float((ends[0] - ends[1]).norm()) < 3 * rate * float(ends[0].norm())
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e2])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_downhill_meets_the_allowed_energy_near_the_cheapest_move(scale, rank):
+    """Against the exact move of dense algebra: for one direction the same, for more not much dearer."""
+    safety = World("adamw", scale=scale).trainee().safety
+    found = safety.sensitivity(rank)
+    d = 0.5 + torch.rand(24, dtype=DOUBLE, generator=torch.Generator().manual_seed(1))
+    z = random(rank, seed=2) / scale
+    allowed = 0.2 * float(found.energy(z))
+    columns = safety.columns(found.basis.coefficients)
+    torch.testing.assert_close(columns @ columns.T, torch.eye(rank, dtype=DOUBLE), atol=1e-8, rtol=0)
+    exact, _ = hold(DenseBasis(safety.space, tuple(columns)), z, found.eigenvalues, d, allowed)
+    move, change = hold(found.basis, z, found.eigenvalues, d, allowed)
+    torch.testing.assert_close(columns @ move, change)
+    assert float(found.energy(z + change)) == pytest.approx(allowed, rel=1e-6)
+    dearer = float((move.square() / d).sum() / (exact.square() / d).sum())
+    assert 1 - 1e-9 <= dearer < (1 + 1e-9 if rank == 1 else 1.5)
+
+
+def test_downhill_costs_two_passes_a_step_whatever_the_rank():
+    safety = World("adamw").trainee().safety
+    found = safety.sensitivity(3)
+    counted = Counted(safety.scores)
+    hold(SampleBasis(counted, found.basis.coefficients), random(3), found.eigenvalues, torch.ones(24).double(), 0.0)
+    kinds = counted.passes.calls
+    assert kinds["forward_backward"] == kinds["jvp"] <= STEPS_DOWNHILL
 
 
 def save(folder, tensors):

@@ -201,6 +201,14 @@ def test_passes_are_counted_and_the_model_left_alone(make_llama: Any) -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
+@pytest.mark.parametrize("max_tokens", [1, 20, 1000])
+def test_responses_without_weight_cost_nothing(make_llama: Any, max_tokens: int) -> None:
+    forward = forward_of(make_llama, dtype=torch.float32)
+    objective = objective_of(forward, max_tokens)
+    objective.gradient(torch.tensor([0.0, 1.0, 0.0]))
+    assert forward.passes.tokens["forward_backward"] == 5
+
+
 def test_mean_over_each_sequences_own_positions() -> None:
     supervised = torch.tensor([[True, False, True], [False, False, False], [False, True, False]])
     values = torch.tensor([[1.0, 2.0], [3.0, 6.0], [5.0, 7.0]])

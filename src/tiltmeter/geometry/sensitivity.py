@@ -17,7 +17,7 @@ from torch import Tensor
 from tiltmeter.errors import DegenerateError
 from tiltmeter.geometry.krylov import lanczos
 from tiltmeter.geometry.objective import Objective
-from tiltmeter.geometry.space import ParameterSpace, dot
+from tiltmeter.geometry.space import ParameterSpace, dot, products
 
 #: Eigenvalues below this share of the largest are rounding noise of a float64 Gram matrix of float32 gradients.
 ROUNDING = 1e-10
@@ -80,7 +80,7 @@ class DenseBasis:
 
     def coordinates(self, theta: Tensor) -> Tensor:
         """V' theta. Cost: k inner products."""
-        return torch.tensor([dot(column, theta) for column in self.columns], dtype=torch.float64)
+        return products(self.columns, [theta])[:, 0]
 
     def lift(self, z: Tensor) -> Tensor:
         """V z. Cost: k vector additions."""

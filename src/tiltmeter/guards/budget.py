@@ -20,9 +20,9 @@ from torch import Tensor
 
 from tiltmeter.errors import InputError
 from tiltmeter.geometry.sensitivity import Basis, DenseBasis, SampleBasis
-from tiltmeter.geometry.space import dot, norm
+from tiltmeter.geometry.space import dot, norm, products
 from tiltmeter.guards.contract import Memory, require_strength
-from tiltmeter.guards.ellipsoid import onto_ellipsoid
+from tiltmeter.guards.hold import hold
 from tiltmeter.guards.pullback import pull_back
 from tiltmeter.guards.safety import draw
 from tiltmeter.guards.trainee import Trainee, require_examples
@@ -33,8 +33,14 @@ DENSE = 2**26
 #: Shares of the budget at which replay begins, a pull-back begins, and a pull-back ends.
 REPLAY, CEILING, RESERVE = 0.3, 0.9, 0.6
 
-#: Safety examples in a step of replay.
-REPLAYED = 16
+#: Safety examples in a step of replay: few, since every step has its own and Adam's moments are means over many.
+REPLAYED = 4
+
+#: Share of the budget below which directions are not measured again.
+FELT = 0.1
+
+#: Largest share of replay, as a multiple of `replay_share`; every pull-back doubles it.
+MOST_REPLAY = 8
 
 #: Rotation (one minus mean squared cosine) above which directions are measured twice, below which half as often.
 TURNED, STILL = 0.4, 0.1
@@ -54,7 +60,8 @@ class CurvatureBudget:
         carry: read the way that was spent off the log-likelihoods at a refresh; False begins each basis at zero, which
             is projection as it is usually meant.
         steer: adapt `refresh` to the rotation.
-        replay_share: length of the replayed gradient, as a share of the task's.
+        replay_share: length of the replayed gradient, as a share of the task's, at first: every pull-back doubles it,
+            every end of replay halves it.
     """
 
     strength: float = 1.0
@@ -82,20 +89,20 @@ class CurvatureBudget:
                 raise InputError(f"guard budget: {name} must be at least {least}, got {getattr(self, name)}")
         require_examples(model.safety, 2, "the curvature budget")
         model.require_metric()
-        self.memory.numbers.update(interval=self.refresh, wait=1, next_check=1, replaying=0)
+        self.memory.numbers.update(interval=self.refresh, wait=1, next_check=1, replaying=0, share=self.replay_share)
         if self.check:
             self.memory.tensors["inside"] = model.vector()
         self._measure(model)
 
     def shape_gradient(self, model: Trainee) -> None:
-        """Add the gradient of the safety KL while replay is called for. Cost: then a backward pass over 16 examples."""
+        """Add the gradient of the safety KL while replay is called for. Cost: then a backward pass over 4 examples."""
         if not self.memory.numbers["replaying"]:
             return
         divergence = model.safety.divergence
         safety = divergence.gradient(draw(divergence.m, REPLAYED, model.seed + model.step))
         task, length = model.gradient(), norm(safety)
         if length > 0:
-            share = self.strength * self.replay_share * norm(task) / length
+            share = self.strength * self.memory.numbers["share"] * norm(task) / length
             model.write_gradient(task.add_(safety.to(task), alpha=share))
             self.memory.tensors["rise"] = safety
 
@@ -106,7 +113,8 @@ class CurvatureBudget:
         self._level(model, before)
         if self.check and model.step >= numbers["next_check"]:
             self._control(model)
-        if model.step >= numbers["next_refresh"]:
+        felt = not self.check or numbers.get("kl", 0.0) >= FELT * self.budget_kl
+        if felt and model.step >= numbers["next_refresh"]:
             self._measure(model)
 
     def finish(self, model: Trainee) -> None:
@@ -129,7 +137,7 @@ class CurvatureBudget:
         k, old = found.rank, tensors.get("columns")
         coefficients = found.basis.coefficients
         if k * model.space.size <= DENSE:
-            columns = torch.stack([found.lift(unit) for unit in torch.eye(k, dtype=torch.float64)])
+            columns = model.safety.columns(coefficients)
             turned = None if old is None else _rotation(old, columns)
             tensors["columns"] = columns
         else:
@@ -137,7 +145,7 @@ class CurvatureBudget:
         tensors["coefficients"] = coefficients
         if self.steer and turned is not None:
             factor = 0.5 if turned > TURNED else 2.0 if turned < STILL else 1.0
-            least, most = max(1.0, self.refresh / 4), 16.0 * self.refresh
+            least, most = max(1.0, self.refresh / 2), 16.0 * self.refresh
             numbers["interval"] = min(max(least, numbers["interval"] * factor), most)
         z = coefficients.T @ model.safety.shift().to(coefficients) if self.carry else torch.zeros(k).double()
         tensors["z"], tensors["eigenvalues"] = z.double().cpu(), found.eigenvalues.double().cpu()
@@ -167,12 +175,9 @@ class CurvatureBudget:
         z = tensors["z"] + basis.coordinates(model.moved(before)).double().cpu()
         eigenvalues, allowed = tensors["eigenvalues"], self.memory.numbers["allowed"]
         if float((eigenvalues * z.square()).sum()) / 2 > allowed:
-            d = model.preconditioner()
-            metric = self._metric(basis, d)
-            wanted = onto_ellipsoid(z, metric, eigenvalues, allowed) - z
-            move = basis.lift(torch.linalg.solve(metric, wanted)).mul_(self.strength)
-            model.write(model.vector().add_(move if d is None else move.mul_(d)))
-            z = z + self.strength * wanted
+            move, change = hold(basis, z, eigenvalues, model.preconditioner(), allowed)
+            model.write(model.vector().add_(move, alpha=self.strength))
+            z = z + self.strength * change
             if not self.memory.numbers.get("held"):
                 self.memory.note(
                     model.step, "updates are now held to the ellipsoid", f"energy above {allowed:.2e} nats"
@@ -191,22 +196,6 @@ class CurvatureBudget:
         model.write(model.vector().add_(move))
         self.memory.tensors["z"] += self._basis(model).coordinates(move).double().cpu()
 
-    def _metric(self, basis: Basis, d: Tensor | None) -> Tensor:
-        """V'DV [k, k]. Cost: k^2 / 2 inner products, or 2 k passes over the examples in a large space."""
-        k = int(self.memory.tensors["eigenvalues"].numel())
-        if d is None:
-            return torch.eye(k, dtype=torch.float64)
-        if isinstance(basis, DenseBasis):
-            out = torch.zeros(k, k, dtype=torch.float64)
-            for i, column in enumerate(basis.columns):
-                moved = column * d
-                for j in range(i + 1):
-                    out[i, j] = out[j, i] = dot(moved, basis.columns[j])
-            return out
-        units = torch.eye(k, dtype=torch.float64)
-        rows = torch.stack([basis.coordinates(basis.lift(unit).mul_(d)).double().cpu() for unit in units])
-        return (rows + rows.T) / 2
-
     def _control(self, model: Trainee) -> None:
         """Measure held-out KL; begin or end replay, pull back, and say when to look again."""
         numbers, tensors, budget = self.memory.numbers, self.memory.tensors, self.budget_kl
@@ -217,10 +206,13 @@ class CurvatureBudget:
             what = "replay begins" if replaying else "replay ends"
             self.memory.note(model.step, what, f"held-out KL {kl:.2e} of {budget:g} nats")
             numbers["replaying"] = int(replaying)
+            if not replaying:
+                numbers["share"] = max(self.replay_share, numbers["share"] / 2)
         if kl > CEILING * budget and budget > 0:
             result = pull_back(model, RESERVE * budget, budget, tensors["inside"])
             self.memory.note(model.step, f"pulled back {result.how}", f"held-out KL {kl:.2e} -> {result.kl:.2e} nats")
             kl = result.kl
+            numbers["share"] = min(MOST_REPLAY * self.replay_share, 2 * numbers["share"])
             self._recount(model)
         if kl <= budget:
             tensors["inside"] = model.vector()
@@ -237,5 +229,5 @@ class CurvatureBudget:
 
 def _rotation(old: Tensor, new: Tensor) -> float:
     """One minus the mean squared cosine between two sets of orthonormal rows, [k, n] and [k', n]."""
-    squares = sum(dot(a, b) ** 2 for a in old for b in new)
-    return max(0.0, 1.0 - squares / min(len(old), len(new)))
+    squares = products(tuple(old), tuple(new)).square()
+    return max(0.0, 1.0 - float(squares.sum()) / min(len(old), len(new)))

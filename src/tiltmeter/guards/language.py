@@ -18,7 +18,7 @@ from tiltmeter.guards.safety import top_directions
 from tiltmeter.lm.conversation import Example
 from tiltmeter.lm.divergence import divergence_objective
 from tiltmeter.lm.forward import Forward
-from tiltmeter.lm.gram import gram
+from tiltmeter.lm.gram import combine, gram
 from tiltmeter.lm.model import trainable, undisturbed
 from tiltmeter.lm.objective import likelihood_objective
 from tiltmeter.lm.scores import score_loss
@@ -146,17 +146,30 @@ class LanguageSafety:
 
     def sensitivity(self, rank: int) -> Sensitivity:
         """Top directions of the empirical Fisher matrix of the answers. Cost: one layer-wise Gram matrix."""
-        score = self._score
-        sequences = torch.cat([members for members, _ in score.chunks])
+        score, mix = self._score, self._mix()
         products = gram(self.model, [batch for _, batch in score.chunks], score_loss, score.forward.parameters)
         score.forward.passes.add("gram", score.work, len(score.chunks))
-        mix = torch.zeros(score.m, len(sequences), dtype=torch.float64)
-        mix[score.owner[sequences], torch.arange(len(sequences))] = score.factor[sequences]
         found = top_directions(score, rank, mix @ products.total.cpu() @ mix.T)
         if not isinstance(found.basis, SampleBasis):
             return found
         basis = SampleBasis(self._scores, found.basis.coefficients)
         return Sensitivity(found.eigenvalues, found.spectrum, found.trace, basis)
+
+    def columns(self, coefficients: Tensor) -> Tensor:
+        """All directions in one sweep, at about the cost of the Gram matrix, where k gradients would be k passes."""
+        score = self._score
+        weights = coefficients.double().cpu().T @ self._mix()
+        found = combine(self.model, [batch for _, batch in score.chunks], score_loss, score.forward.parameters, weights)
+        score.forward.passes.add("gram", score.work, len(score.chunks))
+        return torch.cat([found[name].flatten(1) for name in self.space.names], 1)
+
+    def _mix(self) -> Tensor:
+        """Examples as combinations of the sequences in the order of the micro-batches, [m, s]."""
+        score = self._score
+        sequences = torch.cat([members for members, _ in score.chunks])
+        mix = torch.zeros(score.m, len(sequences), dtype=torch.float64)
+        mix[score.owner[sequences], torch.arange(len(sequences))] = score.factor[sequences]
+        return mix
 
     def fingerprint(self) -> float:
         """Sum of the scores' losses at the anchor, nats."""

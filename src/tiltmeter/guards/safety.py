@@ -56,6 +56,10 @@ class SafetySource(Protocol):
         """
         ...
 
+    def columns(self, coefficients: Tensor) -> Tensor:
+        """Directions V' = C'G [k, n] of the scores here, for coefficients C [m, k]."""
+        ...
+
     def fingerprint(self) -> float:
         """A number that tells two anchors apart: a guard resumed against another anchor would protect that."""
         ...
@@ -128,6 +132,11 @@ class SystemSafety:
         """Top directions of the Fisher matrix at the weights as they stand."""
         scores = self.scores
         return top_directions(scores, rank, gram_matrix(scores))
+
+    def columns(self, coefficients: Tensor) -> Tensor:
+        """One gradient for every direction."""
+        scores = self.scores
+        return torch.stack([scores.gradient(column) for column in coefficients.T])
 
     def fingerprint(self) -> float:
         """Sum of the anchor's log-probabilities."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -13,9 +13,10 @@ from torch.func import jvp
 from tiltmeter.geometry.objective import covariance_over_outcomes
 from tiltmeter.geometry.space import ParameterSpace
 from tiltmeter.lm.conversation import Batch, Example, batches
-from tiltmeter.lm.forward import Forward, divergence, per_sequence
+from tiltmeter.lm.forward import Forward, Reading, divergence, negative_log_likelihood, per_sequence
+from tiltmeter.lm.memory import shrinking, within_memory
 from tiltmeter.lm.model import second_order
-from tiltmeter.lm.objective import LanguageObjective, finite
+from tiltmeter.lm.objective import LanguageObjective, finite, halved, narrow
 from tiltmeter.lm.template import UNSUPERVISED
 
 #: Logits at supervised positions, [P, vocabulary], as a function of the named parameters.
@@ -49,22 +50,53 @@ class DivergenceObjective:
         """Tokens of one pass."""
         return self.inner.work
 
+    @shrinking
     def losses(self, displacement: Tensor | None = None) -> Tensor:
         """KL [m], nats per token."""
         return self.inner.losses(displacement)
 
+    @shrinking
     def directional(self, v: Tensor, displacement: Tensor | None = None) -> Tensor:
         """Slope of the KL along v [m]; zero at the anchor."""
         return self.inner.directional(v, displacement)
 
+    @shrinking
     def gradient(self, weights: Tensor | None = None, displacement: Tensor | None = None) -> Tensor:
-        """Gradient of the weighted KL [n]; zero at the anchor."""
-        return self.inner.gradient(weights, displacement)
+        """Gradient of the weighted KL [n]; zero at the anchor. Responses without weight cost nothing."""
+        if weights is None or weights.shape != (self.m,) or bool((weights != 0).all()):
+            return self.inner.gradient(weights, displacement)
+        return self._only(weights.cpu() != 0).gradient(weights, displacement)
 
+    def _only(self, held: Tensor) -> LanguageObjective:
+        """The KL on the responses of a mask [m] alone; the others are nowhere read."""
+        chunks, references = [], []
+        for (members, batch), reference in zip(self.inner.chunks, self.log_probability, strict=True):
+            rows = held[members].nonzero()[:, 0]
+            if rows.numel():
+                chunks.append((members[rows], narrow(batch, rows)))
+                references.append(_rows(reference, batch, rows))
+        return replace(self.inner, chunks=tuple(chunks), reading=_reading(references))
+
+    def halve(self) -> bool:
+        """Split the largest micro-batches, for good; what the anchor said of them is split with them.
+
+        Raises:
+            OutOfMemory: they hold one response each.
+        """
+        before = self.inner.chunks
+        parts = halved(before)
+        references = tuple(_rows(self.log_probability[i], before[i][1], rows) for _, i, rows in parts)
+        chunks = tuple(part for part, _, _ in parts)
+        object.__setattr__(self, "log_probability", references)
+        object.__setattr__(self, "inner", replace(self.inner, chunks=chunks, reading=_reading(references)))
+        return True
+
+    @shrinking
     def hvp(self, v: Tensor, weights: Tensor | None = None, displacement: Tensor | None = None) -> Tensor:
         """Hessian of the KL times v [n]; the exact Fisher product F v at the anchor."""
         return self.inner.hvp(v, weights, displacement)
 
+    @shrinking
     def fisher_form(self, directions: Sequence[Tensor]) -> Tensor:
         """v_i' F_e v_j [m, k, k], float64, nats per token. Cost: k JVPs."""
         forward = self.inner.forward
@@ -77,6 +109,7 @@ class DivergenceObjective:
 
         return self._forms(derive, len(directions))
 
+    @shrinking
     def path_form(self, velocity: Tensor, acceleration: Tensor) -> Tensor:
         """Covariance of the first two derivatives of log p along the path, [m, 2, 2], float64. Cost: see `Passes`.
 
@@ -161,6 +194,21 @@ def _supervised(batch: Batch) -> Tensor:
     return targets[:, targets.any(0)]
 
 
+def _rows(reference: Tensor, batch: Batch, rows: Tensor) -> Tensor:
+    """What a reference [P, vocabulary] over the supervised positions of a batch holds of some of its responses."""
+    position = _supervised(batch).nonzero()[:, 0]
+    return reference[torch.isin(position, rows).to(reference.device)]
+
+
+def _reading(references: Sequence[Tensor]) -> Reading:
+    """KL to the anchor's log-probabilities [P, vocabulary] of each micro-batch."""
+
+    def reading(logits: Tensor, labels: Tensor, number: int) -> Tensor:
+        return divergence(references[number], logits, labels)
+
+    return reading
+
+
 def divergence_objective(
     forward: Forward,
     examples: Sequence[Example],
@@ -181,18 +229,20 @@ def divergence_objective(
     Cost: one forward pass now.
     """
     chunks = tuple((torch.tensor(members), batch) for members, batch in batches(examples, pad_id, max_tokens))
-    reference = []
+    m = len(examples)
+    ones = torch.ones(m, dtype=torch.float64)
+    answers = LanguageObjective(forward, chunks, torch.arange(m), ones, negative_log_likelihood, m, hessian)
+    reference = within_memory(answers, lambda: _anchor(answers))
+    return DivergenceObjective(replace(answers, reading=_reading(reference)), tuple(reference))
+
+
+def _anchor(answers: LanguageObjective) -> list[Tensor]:
+    """The anchor's log-probabilities [P, vocabulary] of each micro-batch."""
+    forward, reference = answers.forward, []
     with torch.no_grad():
         parameters = forward.at()
-        for _, batch in chunks:
+        for _, batch in answers.chunks:
             forward.passes.add("forward", batch.tokens.numel())
             logits, labels = forward.logits(parameters, batch)
             reference.append(torch.log_softmax(logits[labels != UNSUPERVISED], -1))
-
-    def reading(logits: Tensor, labels: Tensor, number: int) -> Tensor:
-        return divergence(reference[number], logits, labels)
-
-    m = len(examples)
-    ones = torch.ones(m, dtype=torch.float64)
-    inner = LanguageObjective(forward, chunks, torch.arange(m), ones, reading, m, hessian)
-    return DivergenceObjective(inner, tuple(reference))
+    return reference

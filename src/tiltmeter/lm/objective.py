@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 from torch.func import jvp
 
-from tiltmeter.errors import NumericalError, SpaceMismatch
+from tiltmeter.errors import NumericalError, OutOfMemory, SpaceMismatch
 from tiltmeter.geometry.space import ParameterSpace, norm
 from tiltmeter.lm.conversation import Batch, Example, batches
 from tiltmeter.lm.forward import Forward, Reading, negative_log_likelihood
+from tiltmeter.lm.memory import logger, shrinking
 from tiltmeter.lm.model import second_order
 from tiltmeter.lm.template import UNSUPERVISED
 
@@ -60,6 +61,7 @@ class LanguageObjective:
         """Tokens of one pass, padding included."""
         return sum(batch.tokens.numel() for _, batch in self.chunks)
 
+    @shrinking
     def losses(self, displacement: Tensor | None = None) -> Tensor:
         """Losses [m]. Cost: one forward pass."""
         parameters = self.forward.at(displacement)
@@ -71,6 +73,7 @@ class LanguageObjective:
                 self._scatter(out, members, values)
         return finite(out, "loss")
 
+    @shrinking
     def directional(self, v: Tensor, displacement: Tensor | None = None) -> Tensor:
         """G v [m]. Cost: one JVP."""
         parameters, tangent = self.forward.at(displacement), self.forward.along(v)
@@ -85,6 +88,7 @@ class LanguageObjective:
                 self._scatter(out, members, jvp(read, (parameters,), (tangent,))[1])
         return finite(out, "directional derivative")
 
+    @shrinking
     def gradient(self, weights: Tensor | None = None, displacement: Tensor | None = None) -> Tensor:
         """G' w [n]; micro-batches whose weights are all zero are skipped. Cost: one forward+backward of the rest."""
         return self._gradient(self.forward.at(displacement), weights)
@@ -99,6 +103,7 @@ class LanguageObjective:
             loss.backward(inputs=list(leaves.values()))  # type: ignore[no-untyped-call]
         return out
 
+    @shrinking
     def hvp(self, v: Tensor, weights: Tensor | None = None, displacement: Tensor | None = None) -> Tensor:
         """H v [n]. Cost: one HVP (exact: 3.5 forward+backward; difference: 2)."""
         if self.hessian == "difference":
@@ -148,21 +153,54 @@ class LanguageObjective:
             if held.numel() == 0:
                 continue
             if held.numel() < share.numel() and self.reading is negative_log_likelihood:
-                batch = _narrow(batch, held)
+                batch = narrow(batch, held)
                 share = share[held]
             self.forward.passes.add(kind, batch.tokens.numel())
             values = self.reading(*self.forward.logits(leaves, batch), number)
             yield (values * share.to(values)).sum()
 
+    def halve(self) -> bool:
+        """Split the largest micro-batches, for good. False where the reading knows them by number: its owner splits.
+
+        Raises:
+            OutOfMemory: they hold one sequence each.
+        """
+        if self.reading is not negative_log_likelihood:
+            return False
+        object.__setattr__(self, "chunks", tuple(part for part, _, _ in halved(self.chunks)))
+        return True
+
     def _scatter(self, out: Tensor, members: Tensor, values: Tensor) -> None:
         out.index_add_(0, self.owner[members], values.double().cpu() * self.factor[members])
 
 
-def _narrow(batch: Batch, held: Tensor) -> Batch:
+def narrow(batch: Batch, held: Tensor) -> Batch:
     """Some sequences of a batch, without the padding that only the others needed."""
     tokens, labels = batch.tokens[held], batch.labels[held]
     length = int((labels != UNSUPERVISED).any(0).nonzero().max()) + 1
     return Batch(tokens[:, :length], labels[:, :length])
+
+
+def halved(chunks: Sequence[tuple[Tensor, Batch]]) -> list[tuple[tuple[Tensor, Batch], int, Tensor]]:
+    """Micro-batches with the largest split in two: sequence numbers and batch, the number it had, the rows of it.
+
+    Raises:
+        OutOfMemory: the largest holds one sequence.
+    """
+    most = max(batch.tokens.numel() for _, batch in chunks)
+    out = []
+    for number, (members, batch) in enumerate(chunks):
+        rows = torch.arange(len(members))
+        split = 2 * batch.tokens.numel() > most and len(members) > 1
+        if batch.tokens.numel() == most and not split:
+            raise OutOfMemory(
+                f"memory ran out on a single sequence of {batch.tokens.shape[1]} tokens. Shorten the rows "
+                "(--max-length), train fewer parameters (--lora-r), or use a larger machine."
+            )
+        for part in rows.tensor_split(2) if split else (rows,):
+            out.append(((members[part], narrow(batch, part) if split else batch), number, part))
+    logger.warning("memory ran out: micro-batches of at most %d tokens become half as large", most)
+    return out
 
 
 def finite(values: Tensor, what: str) -> Tensor:
