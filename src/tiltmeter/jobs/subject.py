@@ -21,7 +21,7 @@ from tiltmeter.jobs.recipe import Lora
 from tiltmeter.lm.divergence import DivergenceObjective, divergence_objective
 from tiltmeter.lm.forward import Forward
 from tiltmeter.lm.gram import Gram, gram, per_layer_name
-from tiltmeter.lm.memory import release
+from tiltmeter.lm.memory import release, within_memory
 from tiltmeter.lm.model import Loaded, add_lora, trainable
 from tiltmeter.lm.objective import LanguageObjective, likelihood_objective, negative_margin_objective
 from tiltmeter.lm.rows import RowSet
@@ -290,10 +290,13 @@ def _subspace(
             )
         return None, lanczos_sensitivity(divergence, options.rank, 2 * options.rank + 10, options.seed), None, None
     forward = score.forward
-    sequences = torch.cat([members for members, _ in score.chunks])
-    products = gram(
-        forward.model, [batch for _, batch in score.chunks], score_loss, forward.parameters, store_bytes=3 * 2**29
+    products = within_memory(
+        score,
+        lambda: gram(
+            forward.model, [batch for _, batch in score.chunks], score_loss, forward.parameters, store_bytes=3 * 2**29
+        ),
     )
+    sequences = torch.cat([members for members, _ in score.chunks])
     forward.passes.add("gram", score.work, len(score.chunks))
     mix = torch.zeros(score.m, len(sequences), dtype=torch.float64)
     mix[score.owner[sequences], torch.arange(len(sequences))] = score.factor[sequences]

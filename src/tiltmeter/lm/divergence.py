@@ -77,6 +77,16 @@ class DivergenceObjective:
                 references.append(_rows(reference, batch, rows))
         return replace(self.inner, chunks=tuple(chunks), reading=_reading(references))
 
+    def only(self, numbers: Sequence[int]) -> DivergenceObjective:
+        """The same responses, of which only the micro-batches with these numbers are measured; others give zero."""
+        references = tuple(self.log_probability[i] for i in numbers)
+        chunks = tuple(self.inner.chunks[i] for i in numbers)
+        return replace(
+            self,
+            inner=replace(self.inner, chunks=chunks, reading=_reading(references)),
+            log_probability=references,
+        )
+
     def halve(self) -> bool:
         """Split the largest micro-batches, for good; what the anchor said of them is split with them.
 

@@ -1,12 +1,68 @@
-"""Memory between the stages of a long job."""
+"""Memory of a long job: given back between its stages, and smaller micro-batches where it runs out."""
 
 from __future__ import annotations
 
 import ctypes
 import functools
 import gc
+import logging
 import sys
 from collections.abc import Callable
+from typing import Concatenate, ParamSpec, Protocol, TypeVar
+
+import torch
+
+logger = logging.getLogger("tiltmeter")
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+class Shrinkable(Protocol):
+    """Something that works in micro-batches."""
+
+    def halve(self) -> bool:
+        """Make the largest micro-batches half as large; False if this is not the one to do so."""
+        ...
+
+
+S = TypeVar("S", bound=Shrinkable)
+
+
+def out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that a device, or this machine, has no memory left."""
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or (
+        isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
+    )
+
+
+def within_memory(held: Shrinkable, work: Callable[[], T]) -> T:
+    """Do some work; where memory runs out, do it again in smaller micro-batches, which are kept.
+
+    What was done of the work so far is lost, so that nothing is counted twice.
+
+    Raises:
+        OutOfMemory: by `held`, when its micro-batches cannot become smaller.
+    """
+    while True:
+        try:
+            return work()
+        except (RuntimeError, MemoryError) as error:
+            if not out_of_memory(error) or not held.halve():
+                raise
+        release()  # out here, because the error holds on to everything that the work had made
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+
+def shrinking(product: Callable[Concatenate[S, P], T]) -> Callable[Concatenate[S, P], T]:
+    """A method that is done `within_memory` of its object."""
+
+    @functools.wraps(product)
+    def run(self: S, /, *args: P.args, **kwargs: P.kwargs) -> T:
+        return within_memory(self, lambda: product(self, *args, **kwargs))
+
+    return run
 
 
 def release() -> None:
