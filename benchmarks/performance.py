@@ -7,7 +7,7 @@
 Sections (see `performance_parts.py`): fisher (4.2 M-parameter Llama of random weights against alignment-risk 1.14.1,
 which gets an environment of its own, `.venv-alignment-risk`, with torch borrowed from ours), gram and products
 (SmolLM2-135M-Instruct), scaling, tracker, assess (read off assess-cost-full.json) and fsdp2. Every section goes into
-benchmarks/results/performance.json as soon as it is done, with its own date.
+benchmarks/results/performance.json and docs/performance.md as soon as it is done, with its own date.
 
 Ratios with `fb` in their names are in forward+backward passes over the same data.
 """
@@ -23,12 +23,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from performance_page import page
+
 from tiltmeter.jobs.provenance import provenance
 from tiltmeter.store import write_text
 
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "performance.json"
 ASSESSMENT = HERE / "results" / "assess-cost-full.json"
+PAGE = HERE.parent / "docs" / "performance.md"
 RIVAL = HERE.parent / ".venv-alignment-risk"
 PARTS = HERE / "performance_parts.py"
 
@@ -176,6 +179,7 @@ def main() -> None:
         stored = json.loads(RESULT.read_text(encoding="utf-8"))["sections"] if RESULT.exists() else {}
         stored[name] = {**provenance("cpu"), "figures": figures}
         write_text(RESULT, json.dumps(assembled(stored), indent=1, sort_keys=True, allow_nan=False) + "\n")
+        write_text(PAGE, page(json.loads(RESULT.read_text(encoding="utf-8"))))
         print(f"{name:<10} {time.perf_counter() - begin:5.0f} s  {json.dumps(figures)}", flush=True)
 
 
