@@ -4,7 +4,7 @@
     python benchmarks/guards.py --plan aligned      the plan "aligned": demo:aligned, hours; see --list
     python benchmarks/guards.py --plan aligned --only budget- --only none-
     python benchmarks/guards.py --list              runs of the plan, without running them
-    python benchmarks/guards.py --table             put the committed results into docs/guards.md
+    python benchmarks/guards.py --table             put the committed results into docs/guards.md and guards.html
 
 Every run leaves its own file, so a plan that was interrupted goes on where it was; finished runs are gathered in
 benchmarks/results/guards.json. The guard's safety prompts and the ones that are measured are different ones.
@@ -39,6 +39,7 @@ from tiltmeter.lm.judge import judge_refusal
 from tiltmeter.lm.model import trainable
 from tiltmeter.lm.objective import negative_margin_objective
 from tiltmeter.lm.safety import prepare_safety, refusal_rate
+from tiltmeter.report.guards_page import write_guards_page
 from tiltmeter.store import write_text
 
 RESULTS = Path(__file__).parent / "results"
@@ -300,6 +301,13 @@ def write_table() -> None:
     )
 
 
+def write_page() -> None:
+    """The page of what benchmarks/results/guards.json holds."""
+    write_guards_page(
+        json.loads((RESULTS / "guards.json").read_text()), RESULTS / "guards.html", "Guards on the same fine-tunes"
+    )
+
+
 def main() -> None:
     """Run what is missing of a plan, and gather."""
     parser = argparse.ArgumentParser()
@@ -310,6 +318,7 @@ def main() -> None:
     given = parser.parse_args()
     if given.table:
         write_table()
+        write_page()
         return
     torch.set_num_threads(1)
     plan = PLANS[given.plan]
@@ -330,6 +339,7 @@ def main() -> None:
         shown = {key: found[key] for key in ("task_loss", "heldout_kl", "refusal_rate") if key in found}
         print(f"{number}/{len(missing)} {run.name} {found.get('refused', shown)}", flush=True)
     write_text(RESULTS / "guards.json", json.dumps(gather(given.plan, plan), indent=1) + "\n")
+    write_page()
 
 
 if __name__ == "__main__":
