@@ -16,6 +16,7 @@ from tiltmeter.geometry.space import ParameterSpace, norm
 from tiltmeter.lm.conversation import Batch, Example, batches
 from tiltmeter.lm.forward import Forward, Reading, negative_log_likelihood
 from tiltmeter.lm.memory import logger, shrinking
+from tiltmeter.lm.memory import release
 from tiltmeter.lm.model import second_order
 from tiltmeter.lm.template import UNSUPERVISED
 
@@ -127,6 +128,7 @@ class LanguageObjective:
         step = self.difference_step(v)
         out = self._gradient(self.forward.at(displacement, v, step), weights)
         out.neg_()
+        release()  # here the most vectors are alive, so what the first gradient freed is not kept
         return self._gradient(self.forward.at(displacement, v, -step), weights, out).div_(-2 * step)
 
     def difference_step(self, v: Tensor) -> float:
