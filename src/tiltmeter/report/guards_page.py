@@ -33,8 +33,8 @@ def write_guards_page(held: Mapping[str, Any], path: Path, title: str) -> None:
     """Write the page of a guard comparison; an older page at `path` is replaced in one step.
 
     Args:
-        held: `runs`, one per guard, strength, set, seed and regime, with the columns above or `refused`; `plans`; `note`, if there
-            is something to know.
+        held: `runs`, one per guard, strength, set, seed and regime, with the columns above or `refused`; `plans`;
+            `note`, if there is something to know.
         path: the HTML file.
         title: the page's heading.
 
