@@ -15,8 +15,7 @@ from tiltmeter.errors import NumericalError, OutOfMemory, SpaceMismatch
 from tiltmeter.geometry.space import ParameterSpace, norm
 from tiltmeter.lm.conversation import Batch, Example, batches
 from tiltmeter.lm.forward import Forward, Reading, negative_log_likelihood
-from tiltmeter.lm.memory import logger, shrinking
-from tiltmeter.lm.memory import release
+from tiltmeter.lm.memory import logger, release, shrinking
 from tiltmeter.lm.model import second_order
 from tiltmeter.lm.template import UNSUPERVISED
 
