@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -139,6 +140,7 @@ def finetune(
 
     Cost: that of the run, plus `record["overhead"]`.
     """
+    _check_alone()
     _check_folder(out, resume)
     foretold = None if assessment is None else read_assessment(assessment)
     report("loading the model")
@@ -224,6 +226,16 @@ def assessed_options(options: TrackerOptions, assessment: Mapping[str, Any]) -> 
 def _options(options: TrackerOptions, opened: Opened, foretold: Mapping[str, Any] | None) -> TrackerOptions:
     options = replace(options, refusal_opening=opened.refusal_opening, compliance_opening=opened.compliance_opening)
     return options if foretold is None else assessed_options(options, foretold)
+
+
+def _check_alone() -> None:
+    """Refuse to be one of several processes: each would write the rows of the same run."""
+    processes = os.environ.get("WORLD_SIZE", "1")
+    if processes not in ("", "1"):
+        raise InputError(
+            f"finetune was started in {processes} processes, and measures in one only. Start it without accelerate "
+            "launch; in a script of your own, put a TrackerCallback on the trainer of the main process alone."
+        )
 
 
 def _check_folder(out: Path, resume: bool) -> None:

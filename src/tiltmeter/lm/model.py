@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from tiltmeter.errors import ModelError, OutOfMemory
+from tiltmeter.errors import ModelError, OutOfMemory, UnsupportedModel
 from tiltmeter.lm.adapter import adapter_folder, base_of, has_tokenizer, merge, quiet
 from tiltmeter.lm.checkpoint import cannot, check_memory, read_gguf, read_model, read_tokenizer
 
@@ -170,8 +170,21 @@ def add_lora(
 
 
 def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that require gradients, in the model's order; tied ones once."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+    """Parameters that require gradients, in the model's order; tied ones once.
+
+    Raises:
+        UnsupportedModel: one of them is divided among processes (FSDP2, tensor parallelism): its products would be
+            those of a part.
+    """
+    found = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    for name, p in found.items():
+        if hasattr(p, "placements"):  # a DTensor; its type cannot be imported where PyTorch has no distributed part
+            raise UnsupportedModel(
+                f"parameter {name} is divided among processes (a DTensor, as fully_shard makes them), and this version "
+                "measures whole parameters only. Measure before the model is divided, or with LoRA on a whole base, "
+                "whose adapters are small."
+            )
+    return found
 
 
 def digest_of(model: nn.Module) -> str:
