@@ -10,6 +10,7 @@ from torch.func import hessian, jacrev
 from torch.testing import assert_close
 
 from tiltmeter.errors import DegenerateError, NumericalError
+from tiltmeter.geometry import motion
 from tiltmeter.geometry.motion import (
     Acceleration,
     Slope,
@@ -234,3 +235,16 @@ def test_between_groups_is_unbiased_and_the_plain_square_is_not() -> None:
 
 def test_between_groups_of_one_group_is_the_plain_square() -> None:
     assert_close(between_groups(torch.tensor([[[4.0]], [[9.0]]])), torch.tensor([4.0, 9.0]))
+
+
+@pytest.mark.parametrize("n", [1, 2**20, 2**20 + 3])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_half_sum_and_half_difference_piece_by_piece(n: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(n)
+    one = torch.randn(n, generator=generator, dtype=torch.float64)
+    other = torch.randn(n, generator=generator, dtype=torch.float64).to(dtype)
+    mean, half = (one + other.double()) / 2, (other.double() - one) / 2
+    found = motion._halve(one, other)
+    assert_close(one, mean)
+    assert found.dtype == dtype
+    assert_close(found, half.to(dtype))

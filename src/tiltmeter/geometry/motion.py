@@ -155,11 +155,29 @@ def measure_acceleration(objective: Objective, slope: Slope) -> Acceleration:
     else:
         # what waits for the next product is kept narrow: this is where memory is fullest
         waiting = narrow(cross(parts[0], parts[1]))
-        first = narrow(cross(parts[1], parts[0]).add_(waiting).div_(2))
+        first = cross(parts[1], parts[0])
+        _halve(first, waiting)
+        first = narrow(first)
         waiting = narrow(cross(parts[2], parts[3]))
-        second = cross(parts[3], parts[2]).add_(waiting).div_(2)
-    scatter = narrow(torch.sub(first, second).div_(2))
-    return Acceleration(second.add_(first).div_(2), scatter)
+        second = cross(parts[3], parts[2])
+        _halve(second, waiting)
+        del waiting
+    scatter = _halve(second, first)
+    return Acceleration(second, scatter)
+
+
+def _halve(one: Tensor, other: Tensor) -> Tensor:
+    """Put the mean of two vectors [n] into the first; returns half of other - one, in the dtype of the second.
+
+    Piece by piece: sums of vectors of two dtypes make whole copies on a CPU.
+    """
+    out = torch.empty_like(other)
+    for start in range(0, one.numel(), 2**20):
+        part = slice(start, start + 2**20)
+        wide = other[part].to(one.dtype)
+        out[part] = (wide - one[part]) / 2
+        one[part] = (wide + one[part]) / 2
+    return out
 
 
 def narrow(vector: Tensor) -> Tensor:
