@@ -169,6 +169,9 @@ def finetune(
     every: Annotated[int | None, typer.Option(help="Steps between measurements; by default chosen by cost.")] = None,
     refusal_every: Annotated[int | None, typer.Option(help="Judge answers at every n-th measurement.")] = None,
     refresh_every: Annotated[int | None, typer.Option(help="Subspace again at every n-th measurement.")] = None,
+    commutator_every: Annotated[
+        int | None, typer.Option(help="Exchange a safety step and a task step at every n-th measurement.")
+    ] = None,
     budget_kl: Annotated[float | None, typer.Option(help="Exit 3 if safety KL exceeds this.")] = None,
     budget_margin: Annotated[float | None, typer.Option(help="Exit 3 if the mean margin falls below this.")] = None,
     budget_refusal: Annotated[float | None, typer.Option(help="Exit 3 if the refusal rate falls below this.")] = None,
@@ -206,6 +209,7 @@ def finetune(
         "every": every,
         "refusal_every": refusal_every,
         "refresh_every": refresh_every,
+        "commutator_every": commutator_every,
     }
     running = {
         "trainer": trainer,

@@ -12,6 +12,7 @@ from tiltmeter.demo import rows
 from tiltmeter.jobs.training import Collator
 from tiltmeter.lm.conversation import encode
 from tiltmeter.tracking.callback import LOGGED, TrackerCallback
+from tiltmeter.tracking.probe import batch_examples
 from tiltmeter.tracking.tracker import Tracker
 
 
@@ -28,7 +29,7 @@ class Reporter(TrainerCallback):
 @pytest.fixture
 def trained(aligned: Any, options: Any, tmp_path: Path) -> tuple[Tracker, Reporter, Any]:
     model, tokenizer = aligned()
-    tracker = Tracker(model, tokenizer, rows("tiny-safety"), tmp_path / "track", options=options(every=4))
+    tracker = Tracker(model, tokenizer, rows("tiny-safety"), tmp_path / "track", options=options(every=4, commutator_every=1))
     data = [
         {"input_ids": list(e.tokens), "labels": list(e.labels)}
         for e in encode(rows("tiny-copy")[:24], tokenizer, 64).examples
@@ -65,6 +66,17 @@ def test_reporters_get_every_row_and_keep_the_trainers_lines(trained: tuple[Trac
             assert ours[row["step"]].get(f"tiltmeter/{name}") == row[name]
     assert [step for step, line in reporter.lines if "loss" in line] == [1, 2, 3, 4, 5, 6]
     assert any("tiltmeter/margin" in line for line in trainer.state.log_history)
+
+
+def test_the_commutator_is_of_the_steps_own_rows(trained: tuple[Tracker, Reporter, Any]) -> None:
+    """Three micro-batches of two rows, as the trainer gave them, without their padding."""
+    tracker, _, trainer = trained
+    assert all(row["commutator_defect"] > 0 for row in tracker.rows[1:])
+    heard = next(c for c in trainer.callback_handler.callbacks if isinstance(c, TrackerCallback))
+    examples, _ = batch_examples(heard._batches)
+    told = {(tuple(row["input_ids"]), tuple(row["labels"])) for row in trainer.train_dataset}
+    assert len(examples) == 6
+    assert all((example.tokens, example.labels) in told for example in examples)
 
 
 def test_nothing_is_left_on_the_model(trained: tuple[Tracker, Reporter, Any]) -> None:

@@ -261,3 +261,72 @@ def test_an_interval_is_chosen_once_and_read_back(aligned: Any, options: Callabl
     assert again.schedule.every == chosen
     other = Tracker(model, tokenizer, SAFETY, tmp_path / "t", options=replace(options(), every=9), resume=True)
     assert other.schedule.every == 9
+
+
+def test_the_commutator_is_two_walks_apart(aligned: Any, options: Any, tmp_path: Path) -> None:
+    """A step on the margin and one on the batch, in either order, walked in float64 on the trained model's own losses."""
+    model, tokenizer = aligned()
+    batch = toy_batch(PAIRS)
+    tracker = Tracker(model, tokenizer, SAFETY, tmp_path / "t", options=options(every=1, commutator_every=2))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    halves = [{key: value[part] for key, value in batch.items()} for part in (slice(0, 3), slice(3, 8))]
+    for number in (1, 2):
+        step(model, optimizer)
+        tracker.after_step(number, 0.01, batches=halves)
+    start = copy.deepcopy(model).double().eval()
+    held = tracker.anchor.safety
+
+    def margin_loss(m: Any) -> Tensor:
+        total = torch.zeros((), dtype=torch.float64)
+        for sign, examples in ((-1.0, held.refusals), (1.0, held.compliances)):
+            for example in examples:
+                labels = torch.tensor(example.labels)[1:]
+                log = m(torch.tensor([example.tokens])).logits[0, :-1].log_softmax(-1)
+                total = total + sign * log[labels != -100].gather(-1, labels[labels != -100][:, None]).sum() / held.m
+        return total
+
+    def task_loss(m: Any) -> Tensor:
+        return m(**batch).loss
+
+    def walk(*losses: Any) -> tuple[Tensor, list[Tensor]]:
+        m, steps = copy.deepcopy(start), []
+        for loss in losses:
+            m.zero_grad()
+            loss(m).backward()
+            with torch.no_grad():
+                steps.append(torch.cat([p.grad.reshape(-1) for p in m.parameters()]))
+                for p in m.parameters():
+                    p -= eta * p.grad
+        return torch.cat([p.detach().reshape(-1) for p in m.parameters()]), steps
+
+    eta = 0.0
+    sizes = [float(walk(loss)[1][0].norm()) for loss in (margin_loss, task_loss)]
+    eta = 1e-2 / max(sizes)
+    apart = (walk(margin_loss, task_loss)[0] - walk(task_loss, margin_loss)[0]) / eta**2
+    row = tracker.rows[-1]
+    assert row["commutator_defect"] == pytest.approx(float(apart.norm()) / (sizes[0] * sizes[1]), rel=5e-3)
+    inside = sum(float(column.double() @ apart) ** 2 for column in tracker.anchor.columns)
+    assert row["commutator_inside"] == pytest.approx(inside / float(apart.norm()) ** 2, rel=2e-2)
+    assert tracker.rows[1]["commutator_defect"] is None
+    assert "four gradients" in tracker.rows[1]["reasons"]["commutator_defect"]
+
+
+def test_a_batch_that_cannot_be_probed_says_why(aligned: Any, options: Any, tmp_path: Path) -> None:
+    _, tracker = make(aligned, options, tmp_path / "t", every=1, commutator_every=1)
+    tokens = torch.tensor([[5, 6, 7, 8]])
+    for number, (batches, reason) in enumerate(
+        (
+            ([], "did not tell its batch"),
+            ([{"input_ids": tokens}], "not given input_ids and labels"),
+            ([{"input_ids": tokens, "labels": torch.full_like(tokens, -100)}], "no token"),
+            (
+                [{"input_ids": tokens, "labels": tokens, "position_ids": torch.tensor([[0, 1, 0, 1]])}],
+                "packed into one",
+            ),
+        ),
+        1,
+    ):
+        row = tracker.after_step(number, 1e-3, batches=batches)
+        assert row is not None
+        assert row["commutator_defect"] is None
+        assert reason in row["reasons"]["commutator_defect"]

@@ -67,6 +67,8 @@ def curves_of(rows: Sequence[Row], level: float, why: Reasons) -> dict[str, Any]
         ("drift_energy", "nats, second order"),
         ("drift_outside", "parameter units"),
         ("subspace_overlap", "mean squared cosine"),
+        ("commutator_defect", "per parameter unit"),
+        ("commutator_inside", "share of its square inside the safety subspace"),
         ("weight_change", "parameter units"),
         ("task_loss", "nats per token"),
     ):

@@ -46,6 +46,8 @@ class TrackerOptions:
         rank: directions of the safety subspace; 0 for none.
         refresh_every: measure the subspace again at every so many measurements, to see it turn; 0 for never.
         refusal_every: generate and judge answers at every so many measurements; 0 for never, since generation is dear.
+        commutator_every: exchange a safety step and a task step at every so many measurements; 0 for never, since it
+            costs four gradients.
         every: steps between measurements; None chooses the smallest interval that costs less than a tenth of training.
         also: further steps to measure at, such as those of a forecast.
         refusal_opening: how a refusal of this model begins.
@@ -60,6 +62,7 @@ class TrackerOptions:
     rank: int = 8
     refresh_every: int = 0
     refusal_every: int = 0
+    commutator_every: int = 0
     every: int | None = None
     also: tuple[int, ...] = ()
     refusal_opening: str = REFUSAL_OPENING
@@ -68,7 +71,7 @@ class TrackerOptions:
 
     def __post_init__(self) -> None:
         least = {"max_safety": 2, "response_tokens": 1, "max_length": 8, "max_tokens": 1, "rank": 0}
-        for name, bound in {**least, "refresh_every": 0, "refusal_every": 0, "every": 1}.items():
+        for name, bound in {**least, "refresh_every": 0, "refusal_every": 0, "commutator_every": 0, "every": 1}.items():
             value = getattr(self, name)
             if value is not None and value < bound:
                 raise InputError(f"{name} must be at least {bound}, got {value}")

@@ -14,7 +14,16 @@ from tiltmeter.tracking.rows import Row
 from tiltmeter.tracking.tracker import Tracker
 
 #: Row keys that go to the trainer's log.
-LOGGED = ("safety_kl", "margin", "refusal_rate", "drift_energy", "drift_outside", "subspace_overlap", "weight_change")
+LOGGED = (
+    "safety_kl",
+    "margin",
+    "refusal_rate",
+    "drift_energy",
+    "drift_outside",
+    "subspace_overlap",
+    "commutator_defect",
+    "weight_change",
+)
 
 
 class TrackerCallback(TrainerCallback):  # type: ignore[misc]  # transformers has no types
@@ -41,6 +50,7 @@ class TrackerCallback(TrainerCallback):  # type: ignore[misc]  # transformers ha
         self.tracker = tracker
         self._log, self._stop = log, stop
         self._losses: list[tuple[Tensor, bool]] = []
+        self._batches: list[dict[str, Any]] = []
         self._tokens = 0
         self._rate = 0.0
         self._hook: Any = None
@@ -78,7 +88,7 @@ class TrackerCallback(TrainerCallback):  # type: ignore[misc]  # transformers ha
         final = control.should_training_stop or step >= state.max_steps
         if not (self.tracker.schedule.due(step) or control.should_save or final):
             return control
-        row = self.tracker.measure(step, task_loss=self._task_loss(), final=final)
+        row = self.tracker.measure(step, task_loss=self._task_loss(), final=final, batches=self._batches)
         self._report(row, control)
         if self._stop and self.tracker.breach is not None:
             control.should_training_stop = True
@@ -99,6 +109,7 @@ class TrackerCallback(TrainerCallback):  # type: ignore[misc]  # transformers ha
 
     def _forget(self) -> None:
         self._losses.clear()
+        self._batches.clear()
         self._tokens = 0
 
     def _listen(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -110,6 +121,8 @@ class TrackerCallback(TrainerCallback):  # type: ignore[misc]  # transformers ha
             self._losses.append((loss.detach(), kwargs.get("num_items_in_batch") is not None))
         if isinstance(tokens, Tensor):
             self._tokens += tokens.numel()
+            if self.tracker.options.commutator_every:
+                self._batches.append(kwargs)
 
     def _task_loss(self) -> float | None:
         """Mean loss of the step's batch: trainers divide by the whole batch's tokens, or average micro-batches."""

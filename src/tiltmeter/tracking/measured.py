@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tiltmeter.lm.measurement import Measurement
 from tiltmeter.tracking.drift import Drift
+from tiltmeter.tracking.probe import Commutator
 from tiltmeter.tracking.rows import Row
 
 
@@ -25,6 +26,8 @@ class Measured:
         no_overlap: why there is none.
         refusals: refusal rate, or None where nothing was generated.
         task_loss: of the step's batch, nats per token, or None.
+        commutator: of a safety step and a task step, or None.
+        no_commutator: why there is none.
     """
 
     kl: Tensor
@@ -34,6 +37,8 @@ class Measured:
     no_overlap: str
     refusals: Measurement | None
     task_loss: float | None
+    commutator: Commutator | None
+    no_commutator: str
 
 
 def row_of(step: int, found: Measured, rates: Sequence[float]) -> Row:
@@ -44,7 +49,7 @@ def row_of(step: int, found: Measured, rates: Sequence[float]) -> Row:
         found: what was measured.
         rates: learning rates of the steps that were seen; flow time is their sum only if none is missing.
     """
-    drift, refusals, loss = found.drift, found.refusals, found.task_loss
+    drift, refusals, loss, turn = found.drift, found.refusals, found.task_loss, found.commutator
     flow = math.fsum(rates) if len(rates) == step else None
     no_loss = "no step was taken yet" if step == 0 else "the training loop did not tell it"
     no_rate = "not measured at this step, since generation is dear"
@@ -65,6 +70,8 @@ def row_of(step: int, found: Measured, rates: Sequence[float]) -> Row:
         "drift_coordinates": (None if drift.coordinates is None else drift.coordinates.tolist(), no_drift),
         "subspace_overlap": (found.overlap, found.no_overlap),
         "weight_change": (drift.weight_change, no_drift),
+        "commutator_defect": (None if turn is None else turn.defect, found.no_commutator),
+        "commutator_inside": (None if turn is None else turn.safety_share, found.no_commutator or "there is no safety subspace to project on"),
         "task_loss": (float(loss) if loss is not None and math.isfinite(loss) else None, no_loss),
     }
     return {

@@ -16,14 +16,14 @@ import torch
 from safetensors.torch import save_file
 
 from tiltmeter import store
-from tiltmeter.errors import InputError, OutputExists
+from tiltmeter.errors import DegenerateError, InputError, OutputExists
 from tiltmeter.geometry.sensitivity import Sensitivity
 from tiltmeter.lm.forward import Forward
 from tiltmeter.lm.generation import generate
 from tiltmeter.lm.judge import judge_refusal
 from tiltmeter.lm.measurement import Measurement
 from tiltmeter.lm.model import trainable, undisturbed, wrap
-from tiltmeter.lm.objective import negative_margin_objective
+from tiltmeter.lm.objective import likelihood_objective, negative_margin_objective
 from tiltmeter.lm.rows import digest_of, read_rows
 from tiltmeter.lm.safety import refusal_rate
 from tiltmeter.tracking.alarm import Breach, Budgets, check_budgets, default_budgets, find_breach
@@ -31,6 +31,7 @@ from tiltmeter.tracking.anchor import Anchor, TrackerOptions, measure_anchor, me
 from tiltmeter.tracking.anchor_store import FOLDER, read_anchor, write_anchor
 from tiltmeter.tracking.drift import measure_drift, subspace, subspace_overlap
 from tiltmeter.tracking.measured import Measured, row_of
+from tiltmeter.tracking.probe import Commutator, batch_examples, measure_commutator
 from tiltmeter.tracking.rows import Row, RowFile
 from tiltmeter.tracking.schedule import UNKNOWN, Schedule, interval
 
@@ -130,7 +131,13 @@ class Tracker:
         return find_breach(self.rows, self.budgets, there)
 
     def after_step(
-        self, step: int, learning_rate: float, *, task_loss: float | None = None, tokens: int | None = None
+        self,
+        step: int,
+        learning_rate: float,
+        *,
+        task_loss: float | None = None,
+        tokens: int | None = None,
+        batches: Sequence[Mapping[str, Any]] = (),
     ) -> Row | None:
         """Tell the tracker of an optimiser step; it measures when it is due.
 
@@ -139,11 +146,12 @@ class Tracker:
             learning_rate: the one that this step was taken with.
             task_loss: of the batch this step was taken on, before the step, nats per token.
             tokens: of that batch; the first step's decide the interval where none was given.
+            batches: that batch's micro-batches (`input_ids`, `labels`, `attention_mask`), for the commutator probe.
 
         Returns: the row, if one was measured.
         """
         self.observe(step, learning_rate, tokens)
-        return self.measure(step, task_loss=task_loss) if self.schedule.due(step) else None
+        return self.measure(step, task_loss=task_loss, batches=batches) if self.schedule.due(step) else None
 
     def observe(self, step: int, learning_rate: float, tokens: int | None = None) -> None:
         """Take note of a step without measuring."""
@@ -151,13 +159,21 @@ class Tracker:
         if step == 1 and tokens:
             self._settle(tokens)
 
-    def measure(self, step: int, *, task_loss: float | None = None, final: bool = False) -> Row:
+    def measure(
+        self,
+        step: int,
+        *,
+        task_loss: float | None = None,
+        final: bool = False,
+        batches: Sequence[Mapping[str, Any]] = (),
+    ) -> Row:
         """Measure now and append a row.
 
         Args:
             step: optimiser steps taken so far.
             task_loss: see `after_step`.
             final: whether the run ends here; quantities left out for their cost are then measured.
+            batches: see `after_step`.
 
         Cost: a forward pass over answers and openings, one read of the weights; see `drift` for large spaces.
         """
@@ -170,8 +186,9 @@ class Tracker:
             drift = measure_drift(self.anchor, self.forward, self._sensitivity, self.options, dear=dear)
             overlap, no_overlap = self._turned(step)
             rate = self._refusals(step)
+            turn, no_turn = self._commutator(step, batches)
         rates = [seen["rate"] for seen in self._rates.rows]
-        found = Measured(kl, margin, drift, overlap, no_overlap, rate, task_loss)
+        found = Measured(kl, margin, drift, overlap, no_overlap, rate, task_loss, turn, no_turn)
         row = row_of(step, found, rates)
         if drift.sketch is not None:
             self._save_sketch(step, drift.sketch)
@@ -259,6 +276,21 @@ class Tracker:
             return None
         answers = generate(self.loaded, self._prompts, self.options.response_tokens)
         return refusal_rate([judge_refusal(answer) for answer in answers])
+
+    def _commutator(self, step: int, batches: Sequence[Mapping[str, Any]]) -> tuple[Commutator | None, str]:
+        every = self.options.commutator_every
+        if not every or step == 0 or len(self.rows) % every:
+            return None, "not measured at this step, since it costs four gradients"
+        examples, reason = batch_examples(batches)
+        if not examples:
+            return None, reason
+        pad = self.loaded.tokenizer.pad_token_id
+        task = likelihood_objective(self.forward, examples, pad, self.options.max_tokens, per="token")
+        basis = None if self._sensitivity is None else self._sensitivity.basis
+        try:
+            return measure_commutator(self._margin, task, basis=basis), ""
+        except DegenerateError as error:
+            return None, str(error)
 
     def _save_sketch(self, step: int, sketch: torch.Tensor) -> None:
         folder = self.folder / SKETCHES
