@@ -30,7 +30,7 @@ validate: setup
 
 test: setup
 	$(BIN)/tiltmeter demo --fetch
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 lint: setup
 	$(BIN)/ruff check .

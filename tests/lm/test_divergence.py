@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
+from tiltmeter.lm import divergence as divergence_module
 from tiltmeter.lm.conversation import Example
 from tiltmeter.lm.divergence import DivergenceObjective, divergence_objective
 from tiltmeter.lm.forward import Forward, divergence, per_sequence
@@ -189,16 +190,40 @@ def test_passes_are_counted_and_the_model_left_alone(make_llama: Any) -> None:
     assert forward.passes.tokens == {"forward": work}
     v = vector(forward, 1, 1.0).float()
     objective.fisher_form([v, v, v])
-    assert forward.passes.tokens == {"forward": work, "jvp": 3 * work}
+    assert forward.passes.tokens == {"forward": work, "jvp": work, "tangent": 2 * work}
     objective.path_form(v, v)
     assert forward.passes.tokens["path"] == work
     objective_of(forward, hessian="difference").path_form(v, v)
-    assert forward.passes.tokens["jvp"] == 5 * work
+    assert forward.passes.tokens["jvp"] == 3 * work
     assert forward.passes.tokens["forward"] == 2 * work
     assert forward.passes.tokens["path"] == work
     assert all(torch.equal(before[name], value) for name, value in forward.model.state_dict().items())
     assert all(p.grad is None and p.requires_grad for p in forward.model.parameters())
     assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("kind", ["tied", "untied", "lora"])
+@pytest.mark.parametrize("why", ["a large space", "an operation that cannot be batched"])
+def test_directions_one_by_one_give_what_they_give_together(
+    make_llama: Any, monkeypatch: pytest.MonkeyPatch, kind: str, why: str
+) -> None:
+    forward = forward_of(make_llama, kind)
+    directions = [vector(forward, seed, 10.0 ** (seed - 2)) for seed in range(1, 4)]
+    objective = objective_of(forward)
+    together = objective.fisher_form(directions)
+    before = dict(forward.passes.tokens)
+    if why == "a large space":
+        monkeypatch.setattr(divergence_module, "LARGE", 0)
+    else:
+
+        def no_rule(*args: Any) -> Any:
+            raise RuntimeError("vmap: there is no batching rule for this operation")
+
+        monkeypatch.setattr(divergence_module, "vmap", no_rule)
+    one_by_one = objective.fisher_form(directions)
+    assert_close(one_by_one, together, rtol=1e-9, atol=0.0)
+    assert forward.passes.tokens["jvp"] == before["jvp"] + 3 * objective.work
+    assert forward.passes.tokens["tangent"] == before["tangent"]
 
 
 @pytest.mark.parametrize("max_tokens", [1, 20, 1000])

@@ -235,6 +235,7 @@ FORWARD_BACKWARD = {
     "forward_backward": 1.0,
     "gram": 1.5,
     "jvp": 1.1,
+    "tangent": 2 / 3,
     "path": 2.2,
     "hvp": 3.5,
     "hvp_difference": 2.0,

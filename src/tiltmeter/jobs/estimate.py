@@ -8,6 +8,7 @@ import sys
 from dataclasses import dataclass
 
 from tiltmeter.errors import OutOfMemory
+from tiltmeter.geometry.motion import LARGE
 from tiltmeter.geometry.objective import Passes
 from tiltmeter.jobs.memory import memory_now, token_gb, vectors_gb
 from tiltmeter.jobs.recipe import Recipe
@@ -57,24 +58,28 @@ def plan(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options) -> 
     krylov = options.krylov if recipe.optimizer == "sgd" else 0
     planned = Passes()
     points = len(recipe.clock().grid(options.grid)) * (3 if krylov else 2) + 1
-    planned.add("forward", (answers + openings) * points + rows)
+    planned.add("forward", (answers + openings) * points)
     planned.add("forward_backward", 2 * rows)
     planned.add("jvp", rows)
-    directions = 1 + (groups if recipe.optimizer != "sgd" or groups < 2 else 0)
+    # Fisher forms: a random direction, the groups as they are and as Adam makes them, and H g twice
+    forms = [1, groups, *([groups] if recipe.optimizer != "sgd" else [])]
     if groups > 1:
-        directions += groups + 2
+        forms.append(2)
         if subject.hessian == "exact":
             planned.add("hvp", rows)
             planned.add("path", answers)
         else:
             planned.add("forward_backward", 2 * rows)
-            directions += 2
+            forms += [1, 1]
     if krylov:
         kind, cost = ("hvp", 1) if subject.hessian == "exact" else ("forward_backward", 2)
         planned.add(kind, cost * krylov * rows)
     # projecting on the subspace: one JVP of its scores, unless its directions are held as they are
     projected = subject.score is not None and subject.sensitivity is not None
-    planned.add("jvp", directions * answers + (subject.score.work if projected and subject.score else 0))
+    planned.add("jvp", subject.score.work if projected and subject.score else 0)
+    one_by_one = subject.forward.space.size > LARGE
+    planned.add("jvp", (sum(forms) if one_by_one else len(forms)) * answers)
+    planned.add("tangent", 0 if one_by_one else (sum(forms) - len(forms)) * answers)
     return planned
 
 

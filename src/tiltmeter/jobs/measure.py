@@ -83,7 +83,6 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
     objective, divergence = tuning.objective, subject.divergence
     clip = recipe.max_grad_norm or None
     report("gradient of the tuning set")
-    losses = objective.losses()
     slope = measure_slope(objective, tuning.batches, clip=clip, groups=options.groups)
     slope = replace(slope, spread=slope.spread.mul_(tuning.spread_factor))
     size = norm(slope.mean)
@@ -107,7 +106,7 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
     slope = replace(
         slope, groups=()
     )  # as large as two copies of the model: turned into directions one by one, then freed
-    rows = _row_slopes(subject, tuning, metric, slope, clip)
+    losses, rows = _row_slopes(subject, tuning, metric, slope, clip)
     forms = _forms(subject, metric, slope, groups, overlap)
     report("curvature coupling")
     coupling = None if acceleration is None else measure_coupling(divergence, slope, acceleration, overlap)
@@ -190,18 +189,20 @@ def _preconditioned(metric: Adam | Sgd, slope: Slope, vector: Tensor) -> Tensor:
     return out
 
 
-def _row_slopes(subject: Subject, tuning: Tuning, metric: Adam | Sgd, slope: Slope, clip: float | None) -> Tensor:
-    """What each tuning row adds to the margin's slope, less what a row of its length adds on average, [m], nats.
+def _row_slopes(
+    subject: Subject, tuning: Tuning, metric: Adam | Sgd, slope: Slope, clip: float | None
+) -> tuple[Tensor, Tensor]:
+    """Loss of each tuning row, and what it adds to the margin's slope beyond a row of its length; both [m], nats.
 
     A trainer's loss is a mean over tokens: a row of c tokens with slope s pulls by s - c (sum s / sum c). Clipping
     shortens every batch's pull; on average by the same share for all rows.
 
     Cost: one JVP of the tuning sample.
     """
-    pulled = tuning.objective.directional(_preconditioned(metric, slope, subject.margin_gradient)).double()
+    losses, pulled = tuning.objective.losses_and_slopes(_preconditioned(metric, slope, subject.margin_gradient))
     counts = torch.tensor([example.supervised for example in tuning.encoded.examples], dtype=torch.float64)
     kept = 1.0 if clip is None else float((clip / slope.norms).clamp_max(1.0).mean())
-    return kept * (pulled - counts * pulled.sum() / counts.sum())
+    return losses, kept * (pulled - counts * pulled.sum() / counts.sum())
 
 
 def _forms(subject: Subject, metric: Adam | Sgd, slope: Slope, groups: list[Tensor], overlap: Tensor) -> Tensor:

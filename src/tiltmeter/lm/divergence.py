@@ -8,13 +8,14 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.func import jvp
+from torch.func import jvp, vmap
 
+from tiltmeter.geometry.motion import LARGE
 from tiltmeter.geometry.objective import covariance_over_outcomes
 from tiltmeter.geometry.space import ParameterSpace
 from tiltmeter.lm.conversation import Batch, Example, batches
 from tiltmeter.lm.forward import Forward, Reading, divergence, negative_log_likelihood, per_sequence
-from tiltmeter.lm.memory import shrinking, within_memory
+from tiltmeter.lm.memory import out_of_memory, shrinking, within_memory
 from tiltmeter.lm.model import second_order
 from tiltmeter.lm.objective import LanguageObjective, finite, halved, narrow
 from tiltmeter.lm.template import UNSUPERVISED
@@ -108,16 +109,37 @@ class DivergenceObjective:
 
     @shrinking
     def fisher_form(self, directions: Sequence[Tensor]) -> Tensor:
-        """v_i' F_e v_j [m, k, k], float64, nats per token. Cost: k JVPs."""
-        forward = self.inner.forward
+        """v_i' F_e v_j [m, k, k], float64, nats per token.
+
+        Cost: one JVP and k - 1 tangents; k JVPs in a large space, where only one direction is held wide at a time, and
+            for models with an operation that torch cannot batch.
+        """
+        forward, k = self.inner.forward, len(directions)
         parameters = forward.at()
 
-        def derive(logits: Logits, tokens: int) -> Tensor:
-            forward.passes.add("jvp", tokens * len(directions), len(directions))
-            # directions of a large space are kept in bfloat16: one at a time is widened
+        def one_by_one(logits: Logits, tokens: int) -> Tensor:
+            forward.passes.add("jvp", tokens * k, k)
             return torch.stack([jvp(logits, (parameters,), (forward.along(v),))[1] for v in directions])
 
-        return self._forms(derive, len(directions))
+        def together(logits: Logits, tokens: int) -> Tensor:
+            wide = [forward.along(v) for v in directions]
+            tangents = {name: torch.stack([v[name] for v in wide]) for name in parameters}
+            out: Tensor = vmap(lambda along: jvp(logits, (parameters,), (along,))[1])(tangents)
+            forward.passes.add("jvp", tokens)
+            forward.passes.add("tangent", tokens * (k - 1), k - 1)
+            return out
+
+        def derive(logits: Logits, tokens: int) -> Tensor:
+            if k == 1 or forward.space.size > LARGE:
+                return one_by_one(logits, tokens)
+            try:
+                return together(logits, tokens)
+            except RuntimeError as error:
+                if out_of_memory(error):
+                    raise
+                return one_by_one(logits, tokens)
+
+        return self._forms(derive, k)
 
     @shrinking
     def path_form(self, velocity: Tensor, acceleration: Tensor) -> Tensor:

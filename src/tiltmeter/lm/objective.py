@@ -73,11 +73,15 @@ class LanguageObjective:
                 self._scatter(out, members, values)
         return finite(out, "loss")
 
-    @shrinking
     def directional(self, v: Tensor, displacement: Tensor | None = None) -> Tensor:
         """G v [m]. Cost: one JVP."""
+        return self.losses_and_slopes(v, displacement)[1]
+
+    @shrinking
+    def losses_and_slopes(self, v: Tensor, displacement: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Losses [m] and G v [m]. Cost: one JVP, which makes the losses on its way."""
         parameters, tangent = self.forward.at(displacement), self.forward.along(v)
-        out = torch.zeros(self.m, dtype=torch.float64)
+        losses, slopes = (torch.zeros(self.m, dtype=torch.float64) for _ in range(2))
         with torch.no_grad(), second_order():
             for number, (members, batch) in enumerate(self.chunks):
                 self.forward.passes.add("jvp", batch.tokens.numel())
@@ -85,8 +89,10 @@ class LanguageObjective:
                 def read(at: dict[str, Tensor], number: int = number, batch: Batch = batch) -> Tensor:
                     return self.reading(*self.forward.logits(at, batch), number)
 
-                self._scatter(out, members, jvp(read, (parameters,), (tangent,))[1])
-        return finite(out, "directional derivative")
+                values, along = jvp(read, (parameters,), (tangent,))
+                self._scatter(losses, members, values)
+                self._scatter(slopes, members, along)
+        return finite(losses, "loss"), finite(slopes, "directional derivative")
 
     @shrinking
     def gradient(self, weights: Tensor | None = None, displacement: Tensor | None = None) -> Tensor:
