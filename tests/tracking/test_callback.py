@@ -29,7 +29,8 @@ class Reporter(TrainerCallback):
 @pytest.fixture
 def trained(aligned: Any, options: Any, tmp_path: Path) -> tuple[Tracker, Reporter, Any]:
     model, tokenizer = aligned()
-    tracker = Tracker(model, tokenizer, rows("tiny-safety"), tmp_path / "track", options=options(every=4, commutator_every=1))
+    chosen = options(every=4, commutator_every=1)
+    tracker = Tracker(model, tokenizer, rows("tiny-safety"), tmp_path / "track", options=chosen)
     data = [
         {"input_ids": list(e.tokens), "labels": list(e.labels)}
         for e in encode(rows("tiny-copy")[:24], tokenizer, 64).examples

@@ -264,7 +264,7 @@ def test_an_interval_is_chosen_once_and_read_back(aligned: Any, options: Callabl
 
 
 def test_the_commutator_is_two_walks_apart(aligned: Any, options: Any, tmp_path: Path) -> None:
-    """A step on the margin and one on the batch, in either order, walked in float64 on the trained model's own losses."""
+    """A step on the margin and one on the batch, in either order, walked in float64 on plain losses."""
     model, tokenizer = aligned()
     batch = toy_batch(PAIRS)
     tracker = Tracker(model, tokenizer, SAFETY, tmp_path / "t", options=options(every=1, commutator_every=2))

@@ -89,9 +89,9 @@ class LanguageObjective:
                 def read(at: dict[str, Tensor], number: int = number, batch: Batch = batch) -> Tensor:
                     return self.reading(*self.forward.logits(at, batch), number)
 
-                values, along = jvp(read, (parameters,), (tangent,))
-                self._scatter(losses, members, values)
-                self._scatter(slopes, members, along)
+                both = jvp(read, (parameters,), (tangent,))
+                self._scatter(losses, members, both[0])
+                self._scatter(slopes, members, both[1])
         return finite(losses, "loss"), finite(slopes, "directional derivative")
 
     @shrinking

@@ -59,6 +59,7 @@ def row_of(step: int, found: Measured, rates: Sequence[float]) -> Row:
         if refusals.low is not None and refusals.high is not None:
             ends = [refusals.low, refusals.high]
     no_drift = drift.reason or "the sketch was made on another kind of device"
+    no_share = found.no_commutator or "there is no safety subspace to project on"
     values = {
         "flow_time": (flow, f"the learning rates of {step - len(rates)} steps were not seen"),
         "safety_kl": (float(found.kl.mean()), ""),
@@ -71,7 +72,7 @@ def row_of(step: int, found: Measured, rates: Sequence[float]) -> Row:
         "subspace_overlap": (found.overlap, found.no_overlap),
         "weight_change": (drift.weight_change, no_drift),
         "commutator_defect": (None if turn is None else turn.defect, found.no_commutator),
-        "commutator_inside": (None if turn is None else turn.safety_share, found.no_commutator or "there is no safety subspace to project on"),
+        "commutator_inside": (None if turn is None else turn.safety_share, no_share),
         "task_loss": (float(loss) if loss is not None and math.isfinite(loss) else None, no_loss),
     }
     return {

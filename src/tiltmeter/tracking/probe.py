@@ -20,7 +20,8 @@ from tiltmeter.errors import DegenerateError
 from tiltmeter.geometry.objective import Objective
 from tiltmeter.geometry.sensitivity import Basis
 from tiltmeter.geometry.space import norm
-from tiltmeter.lm.conversation import UNSUPERVISED, Example
+from tiltmeter.lm.conversation import Example
+from tiltmeter.lm.template import UNSUPERVISED
 
 #: Length of the longer of the two steps where no rate is given, parameter units.
 STEP = 1e-2
