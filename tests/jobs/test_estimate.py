@@ -77,7 +77,14 @@ def test_the_planned_passes_are_those_counted(
     options = Options(**{**vars(SMALL), **changes})
     subject = measured(make_llama, make_tokenizer, recipe.lora, options)
     result, expected, counted = run(subject, recipe, options)
-    assert counted.tokens == +expected.passes.tokens
+    planned = +expected.passes.tokens
+    if difference:  # how often a difference has to be taken again is not known before
+        again = counted.tokens - planned
+        assert set(again) <= {"forward_backward", "jvp"}
+        assert counted.tokens - again == planned
+        assert sum(again.values()) < sum(planned.values()) / 3
+    else:
+        assert counted.tokens == planned
     assert ("hvp" in counted.tokens) != difference
     record = result.record
     torch.testing.assert_close(record["cost"]["estimated"]["fb_equivalents"], expected.fb_equivalents)

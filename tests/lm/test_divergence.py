@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tiltmeter.lm import divergence as divergence_module
 from tiltmeter.lm.conversation import Example
+from tiltmeter.lm.difference import ATTEMPTS
 from tiltmeter.lm.divergence import DivergenceObjective, divergence_objective
 from tiltmeter.lm.forward import Forward, divergence, per_sequence
 from tiltmeter.lm.model import Loaded, add_lora, trainable
@@ -194,7 +195,8 @@ def test_passes_are_counted_and_the_model_left_alone(make_llama: Any) -> None:
     objective.path_form(v, v)
     assert forward.passes.tokens["path"] == work
     objective_of(forward, hessian="difference").path_form(v, v)
-    assert forward.passes.tokens["jvp"] == 3 * work
+    # two JVPs, taken again while the step is not a good one
+    assert forward.passes.tokens["jvp"] - work in (2 * work, 4 * work, 2 * ATTEMPTS * work)
     assert forward.passes.tokens["forward"] == 2 * work
     assert forward.passes.tokens["path"] == work
     assert all(torch.equal(before[name], value) for name, value in forward.model.state_dict().items())
@@ -204,7 +206,7 @@ def test_passes_are_counted_and_the_model_left_alone(make_llama: Any) -> None:
 
 @pytest.mark.parametrize("kind", ["tied", "untied", "lora"])
 @pytest.mark.parametrize("why", ["a large space", "an operation that cannot be batched"])
-def test_directions_one_by_one_give_what_they_give_together(
+def test_directions_apart_give_what_they_give_together(
     make_llama: Any, monkeypatch: pytest.MonkeyPatch, kind: str, why: str
 ) -> None:
     forward = forward_of(make_llama, kind)
@@ -220,8 +222,8 @@ def test_directions_one_by_one_give_what_they_give_together(
             raise RuntimeError("vmap: there is no batching rule for this operation")
 
         monkeypatch.setattr(divergence_module, "vmap", no_rule)
-    one_by_one = objective.fisher_form(directions)
-    assert_close(one_by_one, together, rtol=1e-9, atol=0.0)
+    apart = objective.fisher_form(directions)
+    assert_close(apart, together, rtol=1e-9, atol=0.0)
     assert forward.passes.tokens["jvp"] == before["jvp"] + 3 * objective.work
     assert forward.passes.tokens["tangent"] == before["tangent"]
 

@@ -16,6 +16,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tiltmeter.errors import NumericalError, SpaceMismatch
 from tiltmeter.lm.conversation import Example
+from tiltmeter.lm.difference import ATTEMPTS
 from tiltmeter.lm.forward import Forward
 from tiltmeter.lm.model import Loaded, add_lora, trainable
 from tiltmeter.lm.objective import LanguageObjective, likelihood_objective, negative_margin_objective
@@ -161,7 +162,8 @@ def test_passes_are_counted(make_llama: Any) -> None:
     assert forward.passes.calls == dict.fromkeys(kinds, chunks)
     assert len(heard) == 4 * chunks
     likelihood_objective(forward, drawn(), PAD, 20, per="token", hessian="difference").hvp(v)
-    assert forward.passes.tokens["forward_backward"] == 3 * work
+    # two gradients, taken again while the step is not a good one
+    assert forward.passes.tokens["forward_backward"] - work in (2 * work, 4 * work, 2 * ATTEMPTS * work)
 
 
 @pytest.mark.parametrize("length", [1e-3, 1.0, 1e3])

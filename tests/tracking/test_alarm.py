@@ -66,6 +66,6 @@ def test_a_budget_that_the_anchor_does_not_keep_is_refused() -> None:
     check_budgets(Budgets(kl=0.0, margin=5.0, refusal=1.0), ROWS[0])
 
 
-@pytest.mark.parametrize(("margin", "drop"), [(8.0, 4.0), (2.5, 1.25), (1.0, 1.0), (-3.0, 1.0)])
-def test_without_a_budget_half_of_the_margin_is_watched(margin: float, drop: float) -> None:
-    assert default_budgets(margin) == Budgets(margin_drop=drop)
+@pytest.mark.parametrize(("margin", "drop"), [(9.0, 3.0), (3.6, 1.2), (3.0, 1.0), (1.0, 1.0), (-3.0, 1.0)])
+def test_without_a_budget_a_third_of_the_margin_is_watched(margin: float, drop: float) -> None:
+    assert default_budgets(margin).margin_drop == pytest.approx(drop)

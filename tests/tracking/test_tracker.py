@@ -236,7 +236,7 @@ def test_the_budgets_are_checked_against_the_aligned_model(aligned: Any, options
     with pytest.raises(InputError, match="outside the budget before the first step"):
         make(aligned, options, tmp_path / "t", budgets=Budgets(margin=100.0))
     _, tracker = make(aligned, options, tmp_path / "u")
-    assert tracker.budgets == Budgets(margin_drop=max(1.0, tracker.rows[0]["margin"] / 2))
+    assert tracker.budgets == Budgets(margin_drop=max(1.0, tracker.rows[0]["margin"] / 3))
     assert tracker.overhead()["share"] is None
 
 

@@ -8,12 +8,12 @@ import sys
 from dataclasses import dataclass
 
 from tiltmeter.errors import OutOfMemory
-from tiltmeter.geometry.motion import LARGE
 from tiltmeter.geometry.objective import Passes
 from tiltmeter.jobs.memory import memory_now, token_gb, vectors_gb
 from tiltmeter.jobs.recipe import Recipe
 from tiltmeter.jobs.subject import Options, Subject
 from tiltmeter.jobs.tuning import Tuning
+from tiltmeter.lm.divergence import tangents_at_once
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def plan(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options) -> 
     planned.add("jvp", rows)
     # Fisher forms: a random direction, the groups as they are and as Adam makes them, and H g twice
     forms = [1, groups, *([groups] if recipe.optimizer != "sgd" else [])]
-    if groups > 1:
+    if groups > 1 and options.coupling:
         forms.append(2)
         if subject.hessian == "exact":
             planned.add("hvp", rows)
@@ -77,9 +77,10 @@ def plan(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options) -> 
     # projecting on the subspace: one JVP of its scores, unless its directions are held as they are
     projected = subject.score is not None and subject.sensitivity is not None
     planned.add("jvp", subject.score.work if projected and subject.score else 0)
-    one_by_one = subject.forward.space.size > LARGE
-    planned.add("jvp", (sum(forms) if one_by_one else len(forms)) * answers)
-    planned.add("tangent", 0 if one_by_one else (sum(forms) - len(forms)) * answers)
+    at_once = tangents_at_once(subject.forward.space.size)
+    joint = sum(math.ceil(k / at_once) for k in forms)
+    planned.add("jvp", joint * answers)
+    planned.add("tangent", (sum(forms) - joint) * answers)
     return planned
 
 

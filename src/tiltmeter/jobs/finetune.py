@@ -114,7 +114,7 @@ def finetune(
         out: folder of the run: `checkpoint-N`, `track` (rows while it runs), `model` and the record at its end.
         arguments: the recipe file's own fields; what the recipe does not hold goes to the trainer as it is.
         options: how much to measure.
-        budgets: limits of the alarm; without any, the alarm watches for the loss of half of the margin, at least 1 nat.
+        budgets: limits of the alarm; without any it watches for the loss of a third of the margin, at least 1 nat.
         stop_on_budget: end the run when the alarm fires.
         assessment: folder of an assessment of this very run, to lay beside it.
         resume: go on from the last whole checkpoint in `out`.

@@ -32,6 +32,8 @@ from tiltmeter.lm.memory import release
 
 SINGLE = "a single tuning batch cannot tell curvature from noise; raise --max-tuning or lower the batch size"
 
+NOT_ASKED = "left out (--no-coupling)"
+
 
 @dataclass(frozen=True)
 class Findings:
@@ -98,7 +100,7 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
     if subject.sensitivity is not None:
         projected = norm(subject.sensitivity.coordinates(slope.mean).double())
     report("curvature of the tuning loss")
-    alone = len(slope.groups) < 2
+    alone = len(slope.groups) < 2 or not options.coupling
     acceleration = None if alone else measure_acceleration(objective, slope)
     report("overlap")
     overlap = divergence.fisher_form(slope.groups)
@@ -142,7 +144,7 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
         slope.norms,
         projected,
         coupling,
-        None if coupling is not None else SINGLE,
+        None if coupling is not None else SINGLE if options.coupling else NOT_ASKED,
         random_overlap,
         ritz,
         values,

@@ -58,6 +58,7 @@ class Options:
         groups: disjoint groups of tuning batches whose scatter gives the sampling error.
         grid: steps at which the forecast is evaluated.
         krylov: Hessian products for the Krylov path of SGD; 0 for none.
+        coupling: whether to measure the curvature coupling (gamma, crossover); the forecast does without.
         max_tokens: most tokens per micro-batch.
         memory_gb: largest memory the assessment may take; micro-batches are made small enough. None for no limit.
         level: of the intervals.
@@ -76,6 +77,7 @@ class Options:
     groups: int = 4
     grid: int = 5
     krylov: int = 0
+    coupling: bool = True
     max_tokens: int = 512
     memory_gb: float | None = None
     level: float = 0.9

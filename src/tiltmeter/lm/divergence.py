@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -12,8 +13,9 @@ from torch.func import jvp, vmap
 
 from tiltmeter.geometry.motion import LARGE
 from tiltmeter.geometry.objective import covariance_over_outcomes
-from tiltmeter.geometry.space import ParameterSpace
+from tiltmeter.geometry.space import ParameterSpace, norm
 from tiltmeter.lm.conversation import Batch, Example, batches
+from tiltmeter.lm.difference import ATTEMPTS, FIRST, next_length
 from tiltmeter.lm.forward import Forward, Reading, divergence, negative_log_likelihood, per_sequence
 from tiltmeter.lm.memory import out_of_memory, shrinking, within_memory
 from tiltmeter.lm.model import second_order
@@ -22,6 +24,11 @@ from tiltmeter.lm.template import UNSUPERVISED
 
 #: Logits at supervised positions, [P, vocabulary], as a function of the named parameters.
 Logits = Callable[[dict[str, Tensor]], Tensor]
+
+
+def tangents_at_once(size: int) -> int:
+    """Directions that one JVP carries in a space of `size` parameters: each holds a vector of it."""
+    return 1 if size > LARGE else 8
 
 
 @dataclass(frozen=True)
@@ -111,33 +118,39 @@ class DivergenceObjective:
     def fisher_form(self, directions: Sequence[Tensor]) -> Tensor:
         """v_i' F_e v_j [m, k, k], float64, nats per token.
 
-        Cost: one JVP and k - 1 tangents; k JVPs in a large space, where only one direction is held wide at a time, and
-            for models with an operation that torch cannot batch.
+        Cost: of every `tangents_at_once` directions the first is a JVP and the others are tangents; k JVPs for models
+            with an operation that torch cannot batch.
         """
         forward, k = self.inner.forward, len(directions)
         parameters = forward.at()
+        at_once = tangents_at_once(forward.space.size)
+        parts = [range(start, min(start + at_once, k)) for start in range(0, k, at_once)]
 
-        def one_by_one(logits: Logits, tokens: int) -> Tensor:
-            forward.passes.add("jvp", tokens * k, k)
-            return torch.stack([jvp(logits, (parameters,), (forward.along(v),))[1] for v in directions])
+        def one_by_one(logits: Logits, tokens: int, members: Sequence[int]) -> Tensor:
+            forward.passes.add("jvp", tokens * len(members), len(members))
+            return torch.stack([jvp(logits, (parameters,), (forward.along(directions[i]),))[1] for i in members])
 
-        def together(logits: Logits, tokens: int) -> Tensor:
-            wide = [forward.along(v) for v in directions]
-            tangents = {name: torch.stack([v[name] for v in wide]) for name in parameters}
+        def together(logits: Logits, tokens: int, members: Sequence[int]) -> Tensor:
+            split = [forward.along(directions[i]) for i in members]
+            tangents = {name: torch.stack([v[name] for v in split]) for name in parameters}
             out: Tensor = vmap(lambda along: jvp(logits, (parameters,), (along,))[1])(tangents)
             forward.passes.add("jvp", tokens)
-            forward.passes.add("tangent", tokens * (k - 1), k - 1)
+            forward.passes.add("tangent", tokens * (len(members) - 1), len(members) - 1)
             return out
 
         def derive(logits: Logits, tokens: int) -> Tensor:
-            if k == 1 or forward.space.size > LARGE:
-                return one_by_one(logits, tokens)
-            try:
-                return together(logits, tokens)
-            except RuntimeError as error:
-                if out_of_memory(error):
-                    raise
-                return one_by_one(logits, tokens)
+            out = []
+            for members in parts:
+                if len(members) == 1:
+                    out.append(one_by_one(logits, tokens, members))
+                    continue
+                try:
+                    out.append(together(logits, tokens, members))
+                except RuntimeError as error:
+                    if out_of_memory(error):
+                        raise
+                    out.append(one_by_one(logits, tokens, members))
+            return torch.cat(out)
 
         return self._forms(derive, k)
 
@@ -171,16 +184,27 @@ class DivergenceObjective:
     def _path_by_difference(self, velocity: Tensor, acceleration: Tensor) -> Tensor:
         """The same from first derivatives at two points of the path; two parameter copies less in memory."""
         forward = self.inner.forward
-        step = self.inner.difference_step(velocity)
-        derivatives = []
-        for t in (step, -step):
-            parameters = forward.at(None, velocity, t)
-            first, second = forward.along(velocity), forward.along(acceleration)
-            for name, p in parameters.items():  # fresh tensors, so adding in place leaves the anchor alone
-                p.add_(second[name], alpha=t**2 / 2)
-            tangent = {name: torch.add(first[name], second[name], alpha=t) for name in parameters}
-            derivatives.append(self._slopes(parameters, tangent))
-            del parameters, tangent
+        size, anchor = norm(velocity), self.inner.anchor_norm()
+        if size == 0:
+            return torch.zeros(self.m, 2, 2, dtype=torch.float64)
+        length = self.inner.learned.get("slope", FIRST * anchor)
+        for attempt in range(1, ATTEMPTS + 1):
+            step = length / size
+            derivatives = []
+            for t in (step, -step):
+                parameters = forward.at(None, velocity, t)
+                first, second = forward.along(velocity), forward.along(acceleration)
+                for name, p in parameters.items():  # fresh tensors, so adding in place leaves the anchor alone
+                    p.add_(second[name], alpha=t**2 / 2)
+                tangent = {name: torch.add(first[name], second[name], alpha=t) for name in parameters}
+                derivatives.append(self._slopes(parameters, tangent))
+                dtype = next(iter(parameters.values())).dtype
+                del parameters, tangent
+            self.inner.learned["slope"] = length
+            better = next_length(length, _change(*derivatives), anchor, dtype)
+            if better == length or attempt == ATTEMPTS:
+                break
+            length = better
         out = torch.zeros(self.m, 2, 2, dtype=torch.float64)
         for number, (members, batch) in enumerate(self.inner.chunks):
             ahead, behind = derivatives[0][number], derivatives[1][number]
@@ -219,6 +243,13 @@ class DivergenceObjective:
                 covariance = covariance_over_outcomes(derivatives.double(), reference.double())
                 out[members] = per_sequence(covariance.cpu(), supervised.cpu())
         return finite(out, "Fisher form")
+
+
+def _change(ahead: Sequence[Tensor], behind: Sequence[Tensor]) -> float:
+    """|ahead - behind| / (|ahead| + |behind|); 0 where both are zero."""
+    apart = math.fsum(float((x - y).double().square().sum()) for x, y in zip(ahead, behind, strict=True)) ** 0.5
+    sizes = [math.fsum(float(x.double().square().sum()) for x in side) ** 0.5 for side in (ahead, behind)]
+    return apart / sum(sizes) if sum(sizes) else 0.0
 
 
 def _supervised(batch: Batch) -> Tensor:

@@ -60,12 +60,12 @@ class Budgets:
 
 
 def default_budgets(margin: float) -> Budgets:
-    """What is watched where the user set no budget: the loss of half of the aligned model's margin, at least 1 nat.
+    """What is watched where the user set no budget: the loss of a third of the aligned model's margin, at least 1 nat.
 
     Args:
         margin: mean margin of the aligned model, nats.
     """
-    return Budgets(margin_drop=max(1.0, margin / 2))
+    return Budgets(margin_drop=max(1.0, margin / 3))
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ class Tracker:
             safety: safety prompts, as rows, or a file or hub id of such.
             folder: for the measurements; must be new unless `resume`.
             options: how much to measure.
-            budgets: limits; by default half of the aligned model's margin, at least 1 nat.
+            budgets: limits; by default a third of the aligned model's margin, at least 1 nat.
             about: JSON values that say what the run is; a resumed run must have the same.
             resume: go on in a folder that is there already; then call `resume(step)` before the next step.
 

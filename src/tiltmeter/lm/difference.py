@@ -1,0 +1,60 @@
+"""How long a finite-difference step should be: told by how much it changes what is differentiated.
+
+A central difference of gradients g is wrong by rounding, 1e-6 to 3e-5 |g| over the change it sees in float32, and by
+the next term of the expansion, about the square of that change relative to |g|. Neither the parameters' norm nor the
+direction's says where the two meet: on a 135 M-parameter Llama the best length along the gradient of random tokens was
+less than a hundredth of that along a random direction, and a length fixed for one was 20 to 100 % off for the other.
+The change itself says it, so a step whose change lies outside a window is taken again, longer or shorter.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+#: First step length, as a share of the parameters' norm.
+FIRST = 3e-7
+
+#: Steps are never shorter or longer than this, as a share of the parameters' norm: a loss without curvature would drive
+#: them up until the model is another one.
+SHORTEST, LONGEST = 1e-10, 3e-4
+
+#: Differences that are made at most before the last is taken as it is.
+ATTEMPTS = 3
+
+
+@dataclass(frozen=True)
+class Window:
+    """Relative changes |g(+h) - g(-h)| / (|g(+h)| + |g(-h)|) of a good step.
+
+    Attributes:
+        low: below, rounding shows.
+        high: above, the next order shows.
+        target: what a new step aims at.
+    """
+
+    low: float
+    high: float
+    target: float
+
+
+#: In float32, on all parameters of a 135 M model, a change of 3e-3 was 1.2 % off and changes of 8e-3 and 2.6e-2 0.4 %.
+WINDOWS = {torch.float32: Window(2e-3, 2e-2, 8e-3), torch.float64: Window(1e-7, 1e-4, 3e-6)}
+
+
+def next_length(length: float, change: float, anchor: float, dtype: torch.dtype) -> float:
+    """A better step length; the same if this one is good, or cannot be bettered.
+
+    Args:
+        length: of the step just tried, parameter units.
+        change: the relative change it made.
+        anchor: norm of the parameters.
+        dtype: of the parameters while they are differentiated.
+    """
+    window = WINDOWS[dtype]
+    if window.low <= change <= window.high:
+        return length
+    wanted = length * min(1e4, window.target / max(change, 1e-30))
+    wanted = min(max(wanted, SHORTEST * anchor), LONGEST * anchor)
+    return length if abs(wanted / length - 1) < 0.5 else wanted

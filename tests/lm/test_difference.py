@@ -1,0 +1,58 @@
+"""Step lengths of differences, on gradients whose rounding and next order are known."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tiltmeter.lm.difference import ATTEMPTS, FIRST, LONGEST, SHORTEST, WINDOWS, next_length
+
+ANCHOR = 10.0
+
+
+def settle(sharpness: float, dtype: torch.dtype) -> tuple[float, float]:
+    """Difference g(x) = 1 + sin(sharpness x) at 0 in a precision; error of the derivative, and the last length."""
+
+    def g(x: float) -> Tensor:
+        return 1 + torch.sin(torch.tensor(sharpness * x, dtype=dtype))
+
+    length = FIRST * ANCHOR
+    for _ in range(ATTEMPTS):
+        ahead, behind = g(length), g(-length)
+        better = next_length(length, float((ahead - behind).abs() / (ahead.abs() + behind.abs())), ANCHOR, dtype)
+        if better == length:
+            break
+        length = better
+    return abs(float((g(length) - g(-length)) / (2 * length)) / sharpness - 1), length
+
+
+@pytest.mark.parametrize("sharpness", [1.0, 30.0, 1e3, 1e5, 1e7])
+def test_the_step_finds_the_scale_of_the_curvature(sharpness: float) -> None:
+    """From where rounding rules to where the first step is a thousand times too long."""
+    error, _ = settle(sharpness, torch.float32)
+    assert error < 5e-3
+    error, _ = settle(sharpness, torch.float64)
+    assert error < 1e-4
+
+
+def test_a_fixed_step_would_have_failed() -> None:
+    step = 3e-6 * ANCHOR
+    ahead, behind = (1 + torch.sin(torch.tensor(1e5 * x)) for x in (step, -step))
+    assert abs(float((ahead - behind) / (2 * step)) / 1e5 - 1) > 0.5
+
+
+def test_a_loss_without_curvature_does_not_drive_the_step_off() -> None:
+    assert next_length(1e-6, 0.0, ANCHOR, torch.float32) == pytest.approx(min(1e-2, LONGEST * ANCHOR))
+    assert next_length(LONGEST * ANCHOR, 0.0, ANCHOR, torch.float32) == LONGEST * ANCHOR
+    assert next_length(SHORTEST * ANCHOR, 1.0, ANCHOR, torch.float32) == SHORTEST * ANCHOR
+
+
+@pytest.mark.parametrize("dtype", WINDOWS)
+def test_a_step_inside_the_window_is_kept(dtype: torch.dtype) -> None:
+    window = WINDOWS[dtype]
+    assert window.low < window.target < window.high
+    for change in (window.low, window.target, window.high):
+        assert next_length(1e-5, change, ANCHOR, dtype) == 1e-5
+    assert next_length(1e-5, 4 * window.high, ANCHOR, dtype) < 1e-5
+    assert next_length(1e-5, window.low / 10, ANCHOR, dtype) > 1e-5
