@@ -73,3 +73,21 @@ def test_a_sample_is_spread_over_the_set_and_one_row_is_too_few(subject: Subject
     assert [next(i for i in range(11) if f"What is {i}?" in text) for text in words] == [0, 2, 5, 8]
     with pytest.raises(DataError, match="at least 2 usable tuning rows, got 1"):
         prepare_tuning(subject, RowSet("rows", ROWS[:1], "d"), Recipe(), OPTIONS)
+
+
+@pytest.mark.parametrize(("wanted", "expected"), [(3, 3), (5, 5), (8, 7), (64, 7)])
+def test_rows_that_cannot_be_used_are_replaced_by_others(subject: Subject, wanted: int, expected: int) -> None:
+    """Every third prompt leaves no room for its answer; as many usable rows as asked for are found while there are."""
+    long = {"prompt": "what " * 60, "completion": "no"}
+    rows = tuple(long if i % 3 == 1 else row for i, row in enumerate(ROWS))
+    options = Options(**{**vars(OPTIONS), "max_tuning": wanted, "max_length": 60})
+    encoded = prepare_tuning(subject, RowSet("rows", rows, "d"), Recipe(), options).encoded
+    assert len(encoded.examples) == expected
+    places = [example.row for example in encoded.examples]
+    assert places == sorted(set(places))
+    assert all(place % 3 != 1 for place in places)
+    for example in encoded.examples:  # the row it says it came from is the one it came from
+        alone = prepare_tuning(subject, RowSet("two", (rows[example.row], rows[0]), "d"), Recipe(), options).encoded
+        assert alone.examples[0].tokens == example.tokens
+    assert set(encoded.skipped) == {"prompt longer than max_length"}
+    assert encoded.truncated == 0

@@ -73,9 +73,10 @@ def test_cells_stand_in_the_order_of_seeds_regimes_and_sets(plan: Plan) -> None:
 
 
 def test_assessed_and_held_out_prompts_are_disjoint(plan: Plan) -> None:
-    assessed, held_out = plan.split()
+    assessed, held_out, taught = plan.split()
     ids = [{row["id"] for row in half.rows} for half in (assessed, held_out)]
     assert [len(each) for each in ids] == [4, 4]
+    assert taught.rows == ()
     assert not ids[0] & ids[1]
 
 

@@ -15,9 +15,8 @@ from transformers import TrainerCallback
 from tiltmeter import store
 from tiltmeter.errors import InputError, OutputExists
 from tiltmeter.guards.callback import GuardCallback
-from tiltmeter.guards.token_loss import ConstrainedTokens
 from tiltmeter.jobs.checkpoints import check_checkpoint, last_checkpoint
-from tiltmeter.jobs.guarding import GuardOptions, guard_callback, prompts_for_guard
+from tiltmeter.jobs.guarding import GuardOptions, attach_guard, prompts_for_guard
 from tiltmeter.jobs.inputs import Opened, open_model, open_rows
 from tiltmeter.jobs.provenance import provenance
 from tiltmeter.jobs.recipe import Recipe
@@ -195,19 +194,7 @@ def finetune(
 def _guarded(guard: GuardOptions, run: Run, trainer: Any, options: TrackerOptions) -> tuple[GuardCallback, bool]:
     """The guard's callback, and whether its prompts are also the tracker's."""
     rows, shared = prompts_for_guard(run.safety.rows, options.max_safety)
-    base = None if guard.base is None else open_model(guard.base).loaded.model
-    callback = guard_callback(
-        guard.name,
-        run.opened,
-        rows,
-        strength=guard.strength,
-        budget_kl=guard.budget_kl,
-        tuning=run.encoded.examples,
-        base=base,
-        seed=run.seed,
-    )
-    if isinstance(callback.guard, ConstrainedTokens) and callback.guard.strength:
-        trainer.compute_loss_func = callback.guard.trainer_loss
+    callback = attach_guard(guard, run.opened, rows, run.encoded.examples, trainer, run.seed)
     return callback, shared
 
 

@@ -19,7 +19,7 @@ from tiltmeter.guards.lox import Extrapolation
 from tiltmeter.guards.names import GUARDS
 from tiltmeter.guards.safe_lora import SafeLora
 from tiltmeter.guards.token_loss import ConstrainedTokens, token_references
-from tiltmeter.jobs.inputs import Opened
+from tiltmeter.jobs.inputs import Opened, open_model
 from tiltmeter.lm.conversation import Example
 from tiltmeter.lm.model import trainable
 from tiltmeter.lm.safety import prepare_safety, spread
@@ -140,6 +140,41 @@ class GuardOptions:
     strength: float | None = None
     budget_kl: float = 0.05
     base: str | None = None
+
+    @property
+    def knob(self) -> float | None:
+        """The number that is turned: the budget of `budget`, the strength of the others; None for their own default."""
+        return self.budget_kl if self.name == "budget" else self.strength
+
+    @property
+    def label(self) -> str:
+        """Name and knob, fit for a folder."""
+        return self.name if self.knob is None else f"{self.name}-{self.knob:g}"
+
+
+def attach_guard(
+    asked: GuardOptions,
+    opened: Opened,
+    rows: Sequence[dict[str, Any]],
+    tuning: Sequence[Example],
+    trainer: Any,
+    seed: int,
+) -> GuardCallback:
+    """The callback of a guard for a trainer of transformers; the caller adds it. Arguments as for `guard_callback`."""
+    base = None if asked.base is None else open_model(asked.base).loaded.model
+    callback = guard_callback(
+        asked.name,
+        opened,
+        rows,
+        strength=asked.strength,
+        budget_kl=asked.budget_kl,
+        tuning=tuning,
+        base=base,
+        seed=seed,
+    )
+    if isinstance(callback.guard, ConstrainedTokens) and callback.guard.strength:
+        trainer.compute_loss_func = callback.guard.trainer_loss
+    return callback
 
 
 def prompts_for_guard(rows: Sequence[dict[str, Any]], measured: int) -> tuple[list[dict[str, Any]], bool]:

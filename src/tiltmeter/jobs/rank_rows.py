@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,6 @@ from tiltmeter.jobs.tuning import Tuning, prepare_tuning
 from tiltmeter.lm.gram import per_layer_name
 from tiltmeter.lm.model import undisturbed
 from tiltmeter.lm.rows import RowSet
-from tiltmeter.lm.safety import spread
 
 #: Worst rows that are explained by layers, one gradient each.
 EXPLAINED = 5
@@ -85,18 +83,12 @@ def score_rows(subject: Subject, tuning: Tuning, recipe: Recipe, explained: int 
         weights[place] = 1.0
         layers[place] = _by_layer(subject, tuning.objective.gradient(weights), pull)
     rows = tuple(example.row for example in tuning.encoded.examples)
-    return RowScores(_places(tuning, rows), first, harm, layers)
+    return RowScores(rows, first, harm, layers)
 
 
 def _in_metric(gradient: Tensor, slope: Slope, metric: Any) -> Tensor:
     gradient = gradient.to(slope.mean.dtype)
     return metric.preconditioner(slope.mean, slope.spread) * gradient if isinstance(metric, Adam) else gradient
-
-
-def _places(tuning: Tuning, rows: Sequence[int]) -> tuple[int, ...]:
-    """Places in the whole set: the sample is spread over it, and examples count within the sample."""
-    chosen = spread(len(tuning.rows.rows), tuning.encoded.rows_read)
-    return tuple(chosen[row] for row in rows)
 
 
 def _by_layer(subject: Subject, gradient: Tensor, pull: Tensor) -> list[tuple[str, float]]:

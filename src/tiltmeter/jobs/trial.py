@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tiltmeter.geometry.objective import Objective
+from tiltmeter.guards.callback import GuardCallback
+from tiltmeter.jobs.guarding import GuardOptions, attach_guard
 from tiltmeter.jobs.inputs import open_model
 from tiltmeter.jobs.recipe import Recipe
 from tiltmeter.jobs.subject import with_lora
@@ -24,9 +27,12 @@ from tiltmeter.lm.generation import generate
 from tiltmeter.lm.judge import judge_refusal
 from tiltmeter.lm.measurement import Measurement
 from tiltmeter.lm.model import trainable, undisturbed
-from tiltmeter.lm.objective import negative_margin_objective
+from tiltmeter.lm.objective import likelihood_objective, negative_margin_objective
 from tiltmeter.lm.rows import RowSet
-from tiltmeter.lm.safety import SafetySet, refusal_rate
+from tiltmeter.lm.safety import SafetySet, refusal_rate, spread
+
+#: Rows of the tuning set that the task loss is measured on.
+TASK_ROWS = 16
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,42 @@ class Seen:
 
 
 @dataclass(frozen=True)
+class Guarded:
+    """What a run under a guard, or the run without that it is compared with, needs besides.
+
+    Attributes:
+        guard: the guard, or None.
+        rows: safety prompts that the guard learns from.
+        harmless: prompts that should not be refused, as text or conversations; empty to leave that out.
+    """
+
+    guard: GuardOptions | None
+    rows: tuple[dict[str, Any], ...]
+    harmless: tuple[Any, ...] = ()
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What guards are compared by.
+
+    Attributes:
+        task_loss: before and after, on a sample of the rows that were learned, nats per token.
+        over_refusals: refused share of the harmless prompts after the run, or None where there are none.
+        step_seconds: median time of an optimiser step, the guard's part included.
+        extra_gb: what the guard holds on to.
+        strength: the guard's strength, for `budget` its budget in nats; 0 without a guard.
+        did: what the guard did: step, what, why.
+    """
+
+    strength: float
+    task_loss: tuple[float, float]
+    over_refusals: Measurement | None
+    step_seconds: float
+    extra_gb: float
+    did: tuple[tuple[int, str, str], ...]
+
+
+@dataclass(frozen=True)
 class Trial:
     """A finished run.
 
@@ -68,12 +110,32 @@ class Trial:
         length: norm of the weights' change, parameter units.
         seconds: wall time of training and measuring.
         digest: of the model.
+        compared: what guards are compared by, where that was asked for.
     """
 
     seen: dict[str, Seen]
     length: float
     seconds: float
     digest: str
+    compared: Compared | None = None
+
+
+@dataclass
+class StepClock(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+    """Times optimiser steps; put it before callbacks that measure, whose time is not the step's."""
+
+    seconds: list[float] = field(default_factory=list)
+    begin: float = 0.0
+
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """A step begins."""
+        self.begin = time.perf_counter()
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """It has ended."""
+        self.seconds.append(time.perf_counter() - self.begin)
 
 
 @dataclass
@@ -115,6 +177,7 @@ def run_trial(
     seed: int,
     answer_tokens: int,
     max_tokens: int,
+    guarded: Guarded | None = None,
 ) -> Trial:
     """Fine-tune for real and measure at the forecast's own steps.
 
@@ -128,6 +191,10 @@ def run_trial(
         seed: of LoRA's start, as in the forecast.
         answer_tokens: length of the answers after the run.
         max_tokens: tokens per micro-batch of the measurements.
+        guarded: a guard, and what guards are compared by.
+
+    Raises:
+        InputError, UnsupportedModel: the guard cannot protect this run.
 
     Cost: the run, a forward pass over all prompts' answers and openings per step, answers to all prompts at the end.
     """
@@ -150,7 +217,16 @@ def run_trial(
     trainer = build_trainer(loaded, encoded.examples, recipe, fields)
     watch = Watch(loaded.model, pairs, frozenset({*steps, recipe.steps}))
     watch.measure(0)
-    train(trainer, [watch], None)
+    clock = StepClock()
+    callbacks: list[TrainerCallback] = [clock, watch]
+    sample = [encoded.examples[i] for i in spread(len(encoded.examples), TASK_ROWS)]
+    task = likelihood_objective(forward, sample, pad, max_tokens, per="token") if guarded else None
+    before = 0.0 if task is None else _mean_loss(loaded.model, task)
+    guard: GuardCallback | None = None
+    if guarded is not None and guarded.guard is not None:
+        guard = attach_guard(guarded.guard, opened, guarded.rows, encoded.examples, trainer, recipe.seed)
+        callbacks.insert(1, guard)
+    train(trainer, callbacks, None)
     ends = zip(forward.parameters.values(), start, strict=True)
     length = sum(float((now.detach() - was).double().square().sum()) for now, was in ends) ** 0.5
     seen = {}
@@ -160,4 +236,33 @@ def run_trial(
         rows = watch.rows[name]
         margin, kl = (torch.stack([rows[step][part] for step in rows]) for part in (0, 1))
         seen[name] = Seen(tuple(rows), margin, kl, rate)
-    return Trial(seen, length, time.perf_counter() - begin, loaded.digest)
+    compared = None
+    if guarded is not None and task is not None:
+        over = None
+        if guarded.harmless:
+            texts = generate(loaded, list(guarded.harmless), answer_tokens)
+            over = refusal_rate([judge_refusal(text) for text in texts])
+        losses = before, _mean_loss(loaded.model, task)
+        strength = 0.0
+        if guard is not None and guarded.guard is not None:
+            strength = guarded.guard.budget_kl if guarded.guard.name == "budget" else guard.guard.strength
+        compared = Compared(strength, losses, over, statistics.median(clock.seconds), _held_gb(guard), _done(guard))
+    return Trial(seen, length, time.perf_counter() - begin, loaded.digest, compared)
+
+
+def _mean_loss(model: Any, task: Objective) -> float:
+    with undisturbed(model):
+        return float(task.losses().mean())
+
+
+def _held_gb(guard: GuardCallback | None) -> float:
+    """Tensors that a guard keeps between steps, GB."""
+    if guard is None:
+        return 0.0
+    before = None if guard.session is None else guard.session.before
+    held = [*guard.guard.memory.tensors.values(), *([] if before is None else [before])]
+    return sum(tensor.numel() * tensor.element_size() for tensor in held) / 1e9
+
+
+def _done(guard: GuardCallback | None) -> tuple[tuple[int, str, str], ...]:
+    return () if guard is None else tuple((each.step, each.what, each.why) for each in guard.log)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from tiltmeter.lm.model import Loaded
 from tiltmeter.lm.objective import LanguageObjective, likelihood_objective
 from tiltmeter.lm.rows import RowSet
 from tiltmeter.lm.safety import spread
+
+#: Rows that are tokenised at most to find enough that can be used.
+MOST_LOOKED_AT = 4096
 
 
 @dataclass(frozen=True)
@@ -41,12 +44,28 @@ class Tuning:
 def sample_tuning(loaded: Loaded, rows: RowSet, recipe: Recipe, options: Options) -> Encoded:
     """Tokenise a sample of the tuning set, evenly spread over its rows; cheap, so that bad data end a job at once.
 
+    Where rows cannot be used (a prompt that leaves no room for its answer), others take their place: what a forecast is
+    worth depends on the number of rows more than on anything else.
+
+    Returns: the sample; `row` of an example is its place in the whole set.
+
     Raises:
         DataError: fewer than two rows can be used.
     """
-    chosen = spread(len(rows.rows), options.max_tuning)
     length = min(recipe.max_length, options.max_length, loaded.context)
-    encoded = encode([rows.rows[i] for i in chosen], loaded.tokenizer, length)
+    looked = options.max_tuning
+    while True:
+        chosen = spread(len(rows.rows), looked)
+        encoded = encode([rows.rows[i] for i in chosen], loaded.tokenizer, length)
+        if len(encoded.examples) >= options.max_tuning or looked >= min(len(rows.rows), MOST_LOOKED_AT):
+            break
+        looked = min(2 * looked, MOST_LOOKED_AT)
+    if len(encoded.examples) > options.max_tuning:
+        usable = [chosen[example.row] for example in encoded.examples]
+        chosen = [usable[i] for i in spread(len(usable), options.max_tuning)]
+        again = encode([rows.rows[i] for i in chosen], loaded.tokenizer, length)
+        encoded = replace(again, rows_read=encoded.rows_read, skipped=encoded.skipped)
+    encoded = replace(encoded, examples=tuple(replace(each, row=chosen[each.row]) for each in encoded.examples))
     if len(encoded.examples) < 2:
         reasons = "; ".join(f"{reason} ({count})" for reason, count in encoded.skipped.items()) or "there are no more"
         raise DataError(

@@ -17,12 +17,12 @@ from tiltmeter import store
 from tiltmeter.errors import InputError
 from tiltmeter.geometry.forecast import mean_interval
 from tiltmeter.jobs.assess import examine_subject
-from tiltmeter.jobs.inputs import Opened, open_model
+from tiltmeter.jobs.inputs import Opened, open_model, open_rows
 from tiltmeter.jobs.predict import SafetySide, case_of, measure_safety_side, predict, risks_record
 from tiltmeter.jobs.provenance import provenance
 from tiltmeter.jobs.record import Reasons
 from tiltmeter.jobs.subject import Report, Subject, answer_safety, measure_subject, silent, with_lora
-from tiltmeter.jobs.trial import Asked, Seen, Trial, run_trial
+from tiltmeter.jobs.trial import Asked, Guarded, Seen, Trial, run_trial
 from tiltmeter.jobs.tuning import sample_tuning
 from tiltmeter.jobs.validation_plan import Cell, Plan
 from tiltmeter.jobs.validation_record import summary_of
@@ -30,6 +30,7 @@ from tiltmeter.jobs.validation_scores import crossing
 from tiltmeter.lm.conversation import prompts_of
 from tiltmeter.lm.model import undisturbed
 from tiltmeter.lm.rows import RowSet
+from tiltmeter.lm.safety import spread
 from tiltmeter.predictors.names import MEASURED
 
 CELL_SCHEMA = "tiltmeter/cell/1"
@@ -60,6 +61,8 @@ class _Side:
     subject: Subject
     asked: dict[str, Asked]
     dear: SafetySide | None
+    taught: tuple[dict[str, Any], ...] = ()
+    harmless: tuple[Any, ...] = ()
 
 
 def validate(
@@ -101,6 +104,12 @@ def validate(
             gc.collect()
             sides[cell.regime.name] = _measure_side(plan, cell, halves, rows, tell, first=number == 0)
         side = sides[cell.regime.name]
+        if cell.guard is not None:
+            done.append(_guarded_cell(plan, out, cell, side, rows[cell.set.name], tell))
+            summary = _write_summary(plan, out, done)
+            if finished is not None:
+                finished(summary)
+            continue
         assessment, arrays = _assessment(plan, out, cell, side, rows[cell.set.name], tell)
         tell("fine-tuning")
         with store.new_folder(out / CELLS / cell.name) as folder:
@@ -114,6 +123,7 @@ def validate(
                 seed=plan.options.seed,
                 answer_tokens=plan.options.response_tokens,
                 max_tokens=plan.options.max_tokens,
+                guarded=_guarded(plan, cell, side),
             )
             if trial.digest != assessment["model"]["digest"]:
                 raise InputError(f"{plan.model} is not the model that was assessed; give another folder")
@@ -157,7 +167,7 @@ def _write_summary(plan: Plan, out: Path, cells: list[dict[str, Any]]) -> dict[s
 def _measure_side(
     plan: Plan,
     cell: Cell,
-    halves: tuple[RowSet, RowSet],
+    halves: tuple[RowSet, RowSet, RowSet],
     rows: Mapping[str, RowSet],
     report: Report,
     *,
@@ -178,7 +188,77 @@ def _measure_side(
         "assessed": Asked(subject.safety, _prompts(opened, halves[0])),
         "held_out": Asked(held_out, _prompts(opened, halves[1])),
     }
-    return _Side(subject, asked, dear)
+    harmless: tuple[Any, ...] = ()
+    if plan.guarding is not None and plan.guarding.harmless is not None:
+        held_rows = open_rows(plan.guarding.harmless).rows
+        chosen = [held_rows[i] for i in spread(len(held_rows), plan.guarding.harmless_rows)]
+        harmless = tuple(prompts_of(chosen, opened.loaded.tokenizer))
+    return _Side(subject, asked, dear, halves[2].rows, harmless)
+
+
+def _guarded(plan: Plan, cell: Cell, side: _Side) -> Guarded | None:
+    return None if plan.guarding is None else Guarded(cell.guard, side.taught, side.harmless)
+
+
+def _guarded_cell(plan: Plan, out: Path, cell: Cell, side: _Side, rows: RowSet, report: Report) -> dict[str, Any]:
+    """Run a cell under its guard; nothing is foretold for it."""
+    report("fine-tuning under the guard")
+    with store.new_folder(out / CELLS / cell.name) as folder:
+        trial = run_trial(
+            plan.model,
+            rows,
+            cell.recipe,
+            side.asked,
+            cell.recipe.clock().grid(plan.options.grid),
+            folder / "trainer",
+            seed=plan.options.seed,
+            answer_tokens=plan.options.response_tokens,
+            max_tokens=plan.options.max_tokens,
+            guarded=_guarded(plan, cell, side),
+        )
+        why = Reasons()
+        record = {
+            "schema": CELL_SCHEMA,
+            **provenance(str(side.subject.loaded.model.device)),
+            "question": plan.question(cell),
+            "name": cell.name,
+            "model": {"name": plan.model, "digest": trial.digest},
+            "set": cell.set.name,
+            "regime": cell.regime.name,
+            "seed": cell.seed,
+            **_guard_of(plan, cell, trial, why),
+            "measured": _measured_of(plan, trial, why),
+            "cost": {"trial_seconds": trial.seconds},
+            "reasons": dict(why),
+        }
+        _remove(folder / "trainer")
+        held = {f"{name}.{key}": getattr(seen, key) for name, seen in trial.seen.items() for key in ("margin", "kl")}
+        store.write_record(folder, record, held)
+    return record
+
+
+def _guard_of(plan: Plan, cell: Cell, trial: Trial, why: Reasons) -> dict[str, Any]:
+    """The guard of a cell, and what guards are compared by; nothing where the plan has no guards."""
+    if trial.compared is None:
+        return {}
+    held, guard = trial.compared, cell.guard
+    out: dict[str, Any] = {"guard": {"name": "none" if guard is None else guard.name, "strength": held.strength}}
+    over = held.over_refusals
+    none = "the plan names no harmless set" if over is None else over.reason or "the judge could tell no answer"
+    out["compared"] = {
+        "task_loss": {"before": held.task_loss[0], "after": held.task_loss[1], "unit": "nats per token"},
+        "over_refusal_rate": why.number("compared.over_refusal_rate", None if over is None else over.value, none),
+        "step_seconds": held.step_seconds,
+        "extra_memory_gb": held.extra_gb,
+        "did": [{"step": step, "what": what, "why": reason} for step, what, reason in held.did],
+    }
+    return out
+
+
+def _measured_of(plan: Plan, trial: Trial, why: Reasons) -> dict[str, Any]:
+    level = plan.options.level
+    seen = {name: _measured(each, level, f"measured.{name}", why) for name, each in trial.seen.items()}
+    return {**seen, "length": trial.length}
 
 
 def _prompts(opened: Opened, rows: RowSet) -> tuple[Any, ...]:
@@ -221,7 +301,7 @@ def _cell_record(
         predicted[key] = {end: forecast[key][end] for end in ("value", "low", "high", "unit")}
         _known(predicted[key], f"predicted.{key}", why)
     predicted["collapse_step"] = why.number("predicted.collapse_step", told, "no collapse is foretold")
-    measured = {name: _measured(seen, plan.options.level, f"measured.{name}", why) for name, seen in trial.seen.items()}
+    measured = _measured_of(plan, trial, why)
     recipe = cell.recipe.as_dict()
     if recipe["lora"] is None:
         why["recipe.lora"] = "full fine-tuning"
@@ -239,7 +319,8 @@ def _cell_record(
         "recipe": recipe,
         "predicted": predicted,
         "predictors": assessment["predictors"],
-        "measured": {**measured, "length": trial.length},
+        **_guard_of(plan, cell, trial, why),
+        "measured": measured,
         "cost": {
             "assessment_seconds": assessment["cost"]["seconds"],
             "assessment_passes": assessment["cost"]["fb_equivalents"] * assessment["cost"]["data_tokens"]

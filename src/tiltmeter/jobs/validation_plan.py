@@ -13,7 +13,9 @@ import yaml
 
 from tiltmeter import store
 from tiltmeter.errors import DataError, InputError
+from tiltmeter.guards.names import GUARDS
 from tiltmeter.jobs.assess import check_options
+from tiltmeter.jobs.guarding import FEWEST, GuardOptions
 from tiltmeter.jobs.inputs import open_rows
 from tiltmeter.jobs.predict import chosen
 from tiltmeter.jobs.recipe import Recipe, recipe_of
@@ -21,7 +23,7 @@ from tiltmeter.jobs.subject import Options
 from tiltmeter.lm.rows import RowSet, digest_of
 from tiltmeter.lm.safety import spread
 
-KEYS = ("model", "safety", "sets", "seeds", "regimes", "options", "predictors")
+KEYS = ("model", "safety", "sets", "seeds", "regimes", "options", "predictors", "guards")
 
 
 @dataclass(frozen=True)
@@ -78,17 +80,36 @@ class Regime:
 
 
 @dataclass(frozen=True)
+class Guarding:
+    """Guards as an axis of the plan.
+
+    Attributes:
+        axis: guards that every fine-tune is repeated under; None is the run without, which is always there.
+        prompts: safety prompts that guards learn from; none of them is measured.
+        harmless: set whose prompts should not be refused, or None.
+        harmless_rows: how many of them are asked.
+    """
+
+    axis: tuple[GuardOptions | None, ...]
+    prompts: int
+    harmless: str | None
+    harmless_rows: int
+
+
+@dataclass(frozen=True)
 class Cell:
-    """One real fine-tune with its forecast."""
+    """One real fine-tune: with its forecast, or under a guard."""
 
     regime: Regime
     set: SetPlan
     seed: int
+    guard: GuardOptions | None = None
 
     @property
     def name(self) -> str:
         """Name of its folder."""
-        return f"{self.assessment}-s{self.seed}"
+        guarded = "" if self.guard is None else f"-{self.guard.label}"
+        return f"{self.assessment}-s{self.seed}{guarded}"
 
     @property
     def assessment(self) -> str:
@@ -113,6 +134,7 @@ class Plan:
         sets: tuning sets.
         regimes: recipes.
         options: how much to measure.
+        guarding: guards as an axis, or None.
     """
 
     model: str
@@ -122,42 +144,53 @@ class Plan:
     sets: tuple[SetPlan, ...]
     regimes: tuple[Regime, ...]
     options: Options = field(default_factory=Options)
+    guarding: Guarding | None = None
 
     def cells(self) -> list[Cell]:
         """All cells: the first seed of every regime and set, then the second, so that partial results are whole."""
         sets = {each.name: each for each in self.sets}
         seeds = sorted({seed for regime in self.regimes for seed in regime.seeds})
         return [
-            Cell(regime, sets[name], seed)
+            Cell(regime, sets[name], seed, guard)
             for seed in seeds
             for regime in self.regimes
             if seed in regime.seeds
             for name in regime.sets
+            for guard in (self.guarding.axis if self.guarding else (None,))
         ]
 
-    def split(self) -> tuple[RowSet, RowSet]:
-        """Assessed and held-out prompts, taken in turn from rows evenly spread over the safety set.
+    def split(self) -> tuple[RowSet, RowSet, RowSet]:
+        """Assessed, held-out and guards' prompts, drawn from rows evenly spread over the safety set.
 
         Raises:
             DataError: there are fewer rows than that.
         """
         rows = open_rows(self.safety)
-        wanted = self.assessed + self.held_out
+        taught = self.guarding.prompts if self.guarding else 0
+        wanted = self.assessed + self.held_out + taught
         if len(rows.rows) < wanted:
             raise DataError(f"{self.safety} has {len(rows.rows)} rows; the plan asks for {wanted}")
         places = spread(len(rows.rows), wanted)
         random.Random(0).shuffle(places)
-        parts = (sorted(places[: self.assessed]), sorted(places[self.assessed :]))
-        halves = [tuple(rows.rows[i] for i in part) for part in parts]
-        return (
-            RowSet(f"{self.safety} (assessed)", halves[0], digest_of(halves[0])),
-            RowSet(f"{self.safety} (held out)", halves[1], digest_of(halves[1])),
+        seen = self.assessed + self.held_out
+        parts = (places[: self.assessed], places[self.assessed : seen], places[seen:])
+        held = [tuple(rows.rows[i] for i in sorted(part)) for part in parts]
+        first, second, third = (
+            RowSet(f"{self.safety} ({name})", part, digest_of(part))
+            for name, part in zip(("assessed", "held out", "for guards"), held, strict=True)
         )
+        return first, second, third
 
     def question(self, cell: Cell) -> str:
         """Digest of everything that decides a cell's result."""
+        guards: dict[str, Any] = {}
+        if self.guarding is not None:
+            held = self.guarding
+            shared = [held.prompts, held.harmless or "", held.harmless_rows]
+            guards = {"guards": shared, "guard": repr(cell.guard)}
         return store.digest_json(
             {
+                **guards,
                 "model": self.model,
                 "safety": [self.safety, self.assessed, self.held_out],
                 "set": [[p.source, p.rows or 0, p.completion or "", p.shortest or 0] for p in cell.set.parts],
@@ -202,6 +235,7 @@ def read_plan(path: Path) -> Plan:
         sets,
         tuple(_regime(name, each, names, seeds, asked) for name, each in held["regimes"].items()),
         _options(held.get("options") or {}, _count(safety, "assessed")),
+        _guarding(held.get("guards")),
     )
     check_options(plan.options)
     return plan
@@ -245,6 +279,30 @@ def _regime(name: str, held: Any, sets: Sequence[str], seeds: tuple[int, ...], a
     recipe.clock()
     own_seeds = tuple(int(seed) for seed in held.get("seeds") or seeds)
     return Regime(_name(name), recipe, own, own_seeds, chosen(held.get("predictors") or asked))
+
+
+def _guarding(held: Any) -> Guarding | None:
+    if held is None:
+        return None
+    if not isinstance(held, Mapping) or not held.get("axis"):
+        raise InputError("guards in the plan must have axis, a list of guards; expected also prompts, harmless")
+    _only(held, ("axis", "prompts", "harmless", "harmless_rows"), "guards")
+    axis: list[GuardOptions | None] = [None]
+    for each in held["axis"]:
+        given = {"name": each} if isinstance(each, str) else dict(each)
+        _only(given, ("name", "strength", "budget_kl", "base"), "a guard")
+        if given.get("name") == "none":
+            continue
+        if given.get("name") not in GUARDS:
+            raise InputError(f"unknown guard {given.get('name')!r}; expected one of {', '.join(sorted(GUARDS))}")
+        axis.append(GuardOptions(**given))
+    labels = [guard.label for guard in axis if guard is not None]
+    if len(set(labels)) < len(labels):
+        raise InputError(f"two guards of the plan are the same: {', '.join(labels)}")
+    prompts = int(held.get("prompts", FEWEST))
+    if prompts < FEWEST:
+        raise InputError(f"guards.prompts must be at least {FEWEST}, got {prompts}")
+    return Guarding(tuple(axis), prompts, held.get("harmless"), int(held.get("harmless_rows", 16)))
 
 
 def _options(held: Mapping[str, Any], assessed: int) -> Options:

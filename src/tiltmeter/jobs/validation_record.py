@@ -28,6 +28,7 @@ def summary_of(plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
     """The summary of the cells so far; valid from the first one on."""
     why = Reasons()
     level = plan.options.level
+    every, cells = cells, [cell for cell in cells if "predicted" in cell]
     planned = len(plan.cells())
     return {
         "schema": SCHEMA,
@@ -36,13 +37,14 @@ def summary_of(plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
         "model": plan.model,
         "safety": {"name": plan.safety, "assessed": plan.assessed, "held_out": plan.held_out},
         "planned": planned,
-        "finished": len(cells),
+        "finished": len(every),
         "cells": [_cell(cell, f"cells.{i}", why) for i, cell in enumerate(cells)],
         "predictors": _predictors(cells, level, why),
         "size_error": {prompts: _sizes(cells, prompts, f"size_error.{prompts}", why) for prompts in PROMPTS},
         "coverage": {prompts: _coverage(cells, prompts, f"coverage.{prompts}", why) for prompts in PROMPTS},
         "collapse": _collapse(cells, "collapse", why),
         "cost": _cost(cells, "cost", why),
+        "guard_runs": _guard_runs(plan, every, why),
         "reasons": dict(why),
     }
 
@@ -52,6 +54,39 @@ def _cell(cell: Cell, path: str, why: Reasons) -> dict[str, Any]:
     for key, reason in cell["reasons"].items():
         why[f"{path}.{key}"] = reason
     return {key: cell[key] for key in kept}
+
+
+def _guard_runs(plan: Plan, cells: Sequence[Cell], why: Reasons) -> list[dict[str, Any]]:
+    """One row a run, with and without guards, as the guards' own page takes them; empty where the plan has none."""
+    free = {(c["regime"], c["set"], c["seed"]): c for c in cells if "predicted" in c and "compared" in c}
+    out: list[dict[str, Any]] = []
+    for cell in (c for c in cells if "compared" in c):
+        path = f"guard_runs.{len(out)}"
+        seen, held = cell["measured"]["held_out"], cell["compared"]
+        alone = free.get((cell["regime"], cell["set"], cell["seed"]))
+        if held["over_refusal_rate"] is None:
+            why[f"{path}.over_refusal_rate"] = cell["reasons"]["compared.over_refusal_rate"]
+        refused = cell["reasons"].get("measured.held_out.refusal_rate.value", "")
+        ratio = None if alone is None else held["step_seconds"] / alone["compared"]["step_seconds"]
+        out.append(
+            {
+                "plan": "validation",
+                "guard": cell["guard"]["name"],
+                "strength": cell["guard"]["strength"],
+                "set": cell["set"],
+                "seed": cell["seed"],
+                "regime": cell["regime"],
+                "task_loss": held["task_loss"]["after"],
+                "heldout_kl": seen["safety_kl"]["value"][-1],
+                "margin": seen["margin_anchor"] + seen["margin_change"]["value"][-1],
+                "refusal_rate": why.number(f"{path}.refusal_rate", seen["refusal_rate"]["value"], refused),
+                "over_refusal_rate": held["over_refusal_rate"],
+                "step_time_ratio": why.number(f"{path}.step_time_ratio", ratio, "the run without a guard is not there"),
+                "extra_memory_gb": held["extra_memory_gb"],
+                "task_loss_before": held["task_loss"]["before"],
+            }
+        )
+    return out
 
 
 def harm(cell: Cell, quantity: str, prompts: str) -> float:

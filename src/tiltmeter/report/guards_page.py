@@ -54,7 +54,7 @@ def render_guards_page(held: Mapping[str, Any], title: str) -> str:
         own = groups_of([run for run in runs if _cell(run) == cell])
         name = f"{cell[1].removeprefix('demo:')}, {cell[2]} ({cell[0]})"
         plots.append(draw_pareto(name, own, f"g{place}"))
-        tables.append(_table(name, own))
+        tables.append(guard_table(name, own))
     alone = sum(len(group) == 1 for cell in sorted({_cell(r) for r in runs}) for group in groups_of(
         [r for r in runs if _cell(r) == cell]).values())  # fmt: skip
     models = ", ".join(f"{plan['model']} ({name})" for name, plan in sorted(held.get("plans", {}).items()))
@@ -121,7 +121,8 @@ def _cell(run: Run) -> tuple[str, str, str]:
     return str(run.get("plan", "")), str(run["set"]), str(run["regime"])
 
 
-def _table(name: str, groups: Mapping[tuple[str, float], Sequence[Run]]) -> dict[str, Any]:
+def guard_table(name: str, groups: Mapping[tuple[str, float], Sequence[Run]]) -> dict[str, Any]:
+    """Caption, header and rows: every guard and strength, mean and range over seeds."""
     rows = []
     for (guard, strength), runs in groups.items():
         row = [f"{guard} {setting_text(strength)}", str(len(runs))]

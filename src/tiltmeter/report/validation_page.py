@@ -10,6 +10,7 @@ from markupsafe import Markup
 
 from tiltmeter.errors import DataError
 from tiltmeter.report.fields import Record, find, missing, words
+from tiltmeter.report.guards_page import draw_pareto, groups_of, guard_table
 from tiltmeter.report.numbers import interval_text, lone_text, number
 from tiltmeter.report.page import style, template_of
 from tiltmeter.report.validation_plots import Point, draw_ranks, draw_scatter
@@ -47,9 +48,21 @@ def render_validation_page(record: Record, title: str) -> str:
         "ranks": _rank_plots(record),
         "tables": [_predictors(record), _sizes(record), _coverage(record), _collapses(record), _cells(record)],
         "failures": _failures(record),
+        **_guards(record),
         "regimes": ", ".join(_regimes(record)),
     }
     return template_of("validation.html").render(**held)
+
+
+def _guards(record: Record) -> dict[str, Any]:
+    """Task loss against held-out KL under every guard, a plot and a table for a set and regime."""
+    runs = record.get("guard_runs", [])
+    plots, tables = [], []
+    for place, (name, regime) in enumerate(sorted({(str(run["set"]), str(run["regime"])) for run in runs})):
+        groups = groups_of([run for run in runs if (run["set"], run["regime"]) == (name, regime)])
+        plots.append(draw_pareto(f"{name}, {regime}", groups, f"guard{place}"))
+        tables.append(guard_table(f"Guards: {name}, {regime}", groups))
+    return {"guards": plots, "guard_tables": tables}
 
 
 def _regimes(record: Record) -> list[str]:

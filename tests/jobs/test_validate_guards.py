@@ -1,0 +1,131 @@
+"""Guards as an axis of a validation: cells, what they are compared by, and the page."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tiltmeter import store
+from tiltmeter.errors import InputError
+from tiltmeter.jobs.validate import validate
+from tiltmeter.jobs.validation_plan import Plan, read_plan
+from tiltmeter.report.numbers import setting_text
+from tiltmeter.report.validation_page import render_validation_page
+
+PLAN = """
+model: demo:tiny
+safety: {name: demo:tiny-safety, assessed: 4, held_out: 4}
+sets: [demo:tiny-copy]
+regimes:
+  lora:
+    recipe:
+      learning_rate: 3.0e-3
+      max_steps: 12
+      per_device_train_batch_size: 8
+      lr_scheduler_type: constant
+      lora: {r: 4, lora_alpha: 8}
+options: {max_tuning: 8, response_tokens: 6, rank: 2, grid: 2, max_tokens: 2000, coupling: false}
+predictors: [measured]
+guards:
+  axis: [none, {name: budget, budget_kl: 2.0e-5}, {name: freeze, strength: 1.0}, ema]
+  prompts: 24
+  harmless: demo:tiny-known
+  harmless_rows: 6
+"""
+
+
+def plan_of(folder: Path, text: str = PLAN) -> Plan:
+    (folder / "plan.yaml").write_text(text, encoding="utf-8")
+    return read_plan(folder / "plan.yaml")
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Path, dict]:
+    folder = tmp_path_factory.mktemp("guards")
+    plan = plan_of(folder)
+    seen: list[int] = []
+    validate(plan, folder / "out", finished=lambda summary: seen.append(summary["finished"]))
+    assert seen == [1, 2, 3, 4]
+    return plan, folder / "out", json.loads((folder / "out" / "summary.json").read_text(encoding="utf-8"))
+
+
+def test_every_fine_tune_is_repeated_under_every_guard(done: tuple[Plan, Path, dict]) -> None:
+    plan, out, _ = done
+    names = [cell.name for cell in plan.cells()]
+    assert names == [f"lora-tiny-copy-s0{guard}" for guard in ("", "-budget-2e-05", "-freeze-1", "-ema")]
+    assert sorted(path.name for path in (out / "cells").iterdir()) == sorted(names)
+    assert len({plan.question(cell) for cell in plan.cells()}) == 4
+    assert [path.name for path in (out / "assessments").iterdir()] == ["lora-tiny-copy"]
+
+
+def test_guards_learn_from_prompts_that_are_not_measured(done: tuple[Plan, Path, dict]) -> None:
+    parts = [{row["id"] for row in part.rows} for part in done[0].split()]
+    assert [len(part) for part in parts] == [4, 4, 24]
+    assert len(set.union(*parts)) == 32
+
+
+def test_runs_are_what_the_cells_measured(done: tuple[Plan, Path, dict]) -> None:
+    plan, out, summary = done
+    store.check_values(summary)
+    runs = {run["guard"]: run for run in summary["guard_runs"]}
+    assert list(runs) == ["none", "budget", "freeze", "ema"]
+    assert [runs[name]["strength"] for name in ("none", "budget", "freeze")] == [0.0, 2e-5, 1.0]
+    for cell in plan.cells():
+        record, arrays = store.read_record(out / "cells" / cell.name)
+        run = runs["none" if cell.guard is None else cell.guard.name]
+        assert run["heldout_kl"] == pytest.approx(float(arrays["held_out.kl"][-1].mean()), rel=1e-6)
+        assert run["margin"] == pytest.approx(float(arrays["held_out.margin"][-1].mean()), rel=1e-5)
+        assert run["task_loss"] == record["compared"]["task_loss"]["after"]
+        assert run["task_loss_before"] == pytest.approx(runs["none"]["task_loss_before"], rel=1e-6)
+        assert 0 <= run["over_refusal_rate"] <= 1
+        assert record["compared"]["step_seconds"] > 0
+    assert runs["none"]["step_time_ratio"] == 1.0
+    assert runs["none"]["extra_memory_gb"] == 0.0
+    assert runs["budget"]["extra_memory_gb"] > 0
+
+
+def test_a_guard_keeps_what_the_run_without_loses(done: tuple[Plan, Path, dict]) -> None:
+    runs = {run["guard"]: run for run in done[2]["guard_runs"]}
+    free, budget, average = (runs[name] for name in ("none", "budget", "ema"))
+    assert free["task_loss"] < free["task_loss_before"]
+    assert budget["heldout_kl"] < free["heldout_kl"]
+    assert free["task_loss"] < average["task_loss"] < free["task_loss_before"]  # an average lags behind
+
+
+def test_scores_of_forecasts_are_of_the_runs_without_a_guard(done: tuple[Plan, Path, dict]) -> None:
+    summary = done[2]
+    assert (summary["finished"], summary["planned"]) == (4, 4)
+    assert [cell["name"] for cell in summary["cells"]] == ["lora-tiny-copy-s0"]
+    assert summary["size_error"]["held_out"]["end"]["margin_change"]["cells"] == 1
+
+
+def test_the_page_has_a_plot_and_a_table_of_guards(done: tuple[Plan, Path, dict]) -> None:
+    page = render_validation_page(done[2], "Trial")
+    assert "Guards: tiny-copy, lora" in page
+    assert f"budget {setting_text(2e-5)}" in page
+
+
+def test_cells_that_are_there_are_not_run_again(done: tuple[Plan, Path, dict]) -> None:
+    plan, out, summary = done
+    torch.manual_seed(0)
+    again = validate(plan, out, limit=0)
+    assert again.cells == 4
+    assert again.record["guard_runs"] == summary["guard_runs"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (("axis: [none,", "axis: [nonsense,"), "unknown guard 'nonsense'; expected one of"),
+        (("prompts: 24", "prompts: 3"), "guards.prompts must be at least"),
+        (("prompts: 24", "promts: 24"), "unknown key 'promts' in guards"),
+        (("axis: [none,", "axis: [ema,"), "two guards of the plan are the same"),
+        (("strength: 1.0", "strenght: 1.0"), "unknown key 'strenght' in a guard"),
+    ],
+)
+def test_bad_guards_are_told(tmp_path: Path, change: tuple[str, str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        plan_of(tmp_path, PLAN.replace(*change))
