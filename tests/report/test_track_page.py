@@ -72,6 +72,17 @@ def test_every_measured_number_and_reason_stands_on_the_page(record: dict[str, A
     assert "[3.0, -0.4]" not in page
 
 
+def test_what_has_to_be_asked_for_has_a_column_only_where_it_was_measured(record: dict[str, Any]) -> None:
+    assert "Commutator defect" not in render_track_page([record], "A run")
+    record["curves"]["commutator_defect"] = curve([None, 0.375, None, 0.4375], "per parameter unit")
+    record["curves"]["subspace_overlap"] = curve([None] * 4, "mean squared cosine")
+    record["reasons"]["curves.commutator_defect"] = "four gradients"
+    page = render_track_page([record], "A run")
+    for text in ("Commutator defect, per parameter unit", "0.375", "0.4375", "four gradients"):
+        assert text in page
+    assert "Subspace overlap" not in page
+
+
 def test_the_forecast_stands_beside_the_run_and_says_what_it_does_not_claim(record: dict[str, Any]) -> None:
     page = render_track_page([record], "A run")
     assert "no (beyond the horizon: not claimed)" in page

@@ -18,6 +18,8 @@ from tiltmeter.store import write_text
 
 _DRAWN = ("margin_change", "safety_kl", "refusal_rate", "task_loss", "weight_change", "drift_energy")
 _TABLE = ("margin", "safety_kl", "refusal_rate", "task_loss", "drift_energy", "drift_outside", "weight_change")
+#: Columns that are only there where the run measured them: they cost extra and have to be asked for.
+_ASKED_FOR = ("subspace_overlap", "commutator_defect", "commutator_inside")
 _FORETOLD = ("margin_change", "safety_kl", "refusal_rate")
 
 
@@ -114,11 +116,13 @@ def _drawn(row: values.Row) -> bool:
 
 
 def _measured_table(record: Record) -> tuple[list[str], list[list[str]]]:
-    header = ["Optimiser step", *(f"{words(key)}, {find(record, f'curves.{key}.unit')}" for key in _TABLE)]
+    extra = [key for key in _ASKED_FOR if any(v is not None for v in find(record, f"curves.{key}.value") or [])]
+    keys = (*_TABLE, *extra)
+    header = ["Optimiser step", *(f"{words(key)}, {find(record, f'curves.{key}.unit')}" for key in keys)]
     rows = []
     for place, step in enumerate(find(record, "curves.steps")):
         row = [setting_text(float(step))]
-        for key in _TABLE:
+        for key in keys:
             point, low, high = (number(find(record, f"curves.{key}.{end}.{place}")) for end in ("value", "low", "high"))
             path = f"curves.{key}.value.{place}"
             row.append(missing(record, path) if point is None else interval_text(point, low, high))
