@@ -12,7 +12,7 @@ OVERHEAD = 0.1
 UNKNOWN = 64
 
 #: The interval is chosen from counted tokens; one pass over a few hundred tokens costs more than its tokens say.
-MARGIN = 1.5
+MARGIN = 2.0
 
 
 @dataclass(frozen=True)
