@@ -32,16 +32,10 @@ def table(record: dict[str, Any]) -> str:
         told = [_ranged(each[key]) for key in ("margin", "kl")]
         label = name.replace("_", " ") + (" (ours)" if each["ours"] else "")
         rows.append(f"| {label} | {told[0]} | {told[1]} | {each['steps']:.1f} |")
-    sizes, cover, fell = record["size_error"]["held_out"], record["coverage"], record["collapse"]
+    cover, fell = record["coverage"], record["collapse"]
     said = [
         f"{record['finished']} of {record['planned']} planned cells ({record['model']}); held-out prompts.",
-        "Median relative size error (margin / KL): "
-        + "; ".join(
-            f"{when.replace('_', ' ')} {_percent(sizes[when]['margin_change']['median'])} / "
-            f"{_percent(sizes[when]['safety_kl']['median'])}"
-            for when in ("horizon", "end", "end_with_canary")
-        )
-        + ".",
+        *(_sizes(record["size_error"][prompts], prompts.replace("_", "-")) for prompts in ("held_out", "assessed")),
         "Nominal 90 % intervals at the last claimed step held the measurement in "
         + "; ".join(
             f"{_hits(cover[prompts]['margin_change']['cells'])} (margin) and "
@@ -53,6 +47,15 @@ def table(record: dict[str, Any]) -> str:
         f"within a factor of two; {_hits(fell['false_alarms'])} false alarms.",
     ]
     return "\n".join(rows) + "\n\n" + "\n".join(said)
+
+
+def _sizes(sizes: dict[str, Any], prompts: str) -> str:
+    told = "; ".join(
+        f"{when.replace('_', ' ')} {_percent(sizes[when]['margin_change']['median'])} / "
+        f"{_percent(sizes[when]['safety_kl']['median'])}"
+        for when in ("horizon", "end", "end_with_canary")
+    )
+    return f"Median relative size error on {prompts} prompts (margin / KL): {told}."
 
 
 def with_table(readme: str, record: dict[str, Any]) -> str:
