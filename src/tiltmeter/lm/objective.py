@@ -32,7 +32,7 @@ class LanguageObjective:
         factor: [s], what its reading is multiplied by.
         reading: what is read off the logits.
         examples: m.
-        hessian: "exact" (double backward) or "difference" (two gradients, less memory, some 0.5 % off in float32).
+        hessian: "exact" (double backward) or "difference" (two gradients, less memory, about 1 % off in float32).
         learned: lengths of difference steps that were good, parameter units, by what was differentiated.
     """
 
