@@ -48,7 +48,7 @@ def foretold(subject: Subject, cell: Cell, options: Options, steps: list[int]) -
     curved = CurvedPath(linear, slope(linear.displacement(probe)), probe)
     out: dict[str, Any] = {"rows": len(tuning.encoded.examples)}
     for name, path in (("linear", linear), ("curved", curved)):
-        values = follow(path, steps, subject.divergence, subject.negative_margin)
+        values, _ = follow(path, steps, subject.standing)
         change = values.margin - subject.anchor_margin.double()
         out[name] = {"margin_change": change.mean(-1).tolist(), "safety_kl": values.safety_kl.mean(-1).tolist()}
     return {**out, "seconds": time.perf_counter() - begin}

@@ -14,6 +14,7 @@ from torch.testing import assert_close
 from tiltmeter.geometry.clock import Clock
 from tiltmeter.geometry.forecast import (
     PART,
+    Separate,
     combine,
     first_crossing,
     follow,
@@ -168,8 +169,11 @@ class Straight:
 def test_follow_evaluates_at_the_displacements_with_the_sign_of_the_margin() -> None:
     kl = FunctionObjective(lambda x: torch.stack([x[0] ** 2, x[1]]), torch.zeros(2, dtype=torch.float64))
     negative = FunctionObjective(lambda x: torch.stack([3 * x[0], x[1], x[0]]), torch.zeros(2, dtype=torch.float64))
-    values = follow(Straight(double(1, 2)), [1, 3], kl, negative)
+    values, end = follow(Straight(double(1, 2)), [1, 3], Separate(kl, negative))
     assert values.steps == (1, 3)
+    assert_close(end, double(3, 6))
+    with pytest.raises(ValueError, match="at least one step"):
+        follow(Straight(double(1, 2)), [], Separate(kl, negative))
     assert_close(values.safety_kl, torch.tensor([[1.0, 2.0], [9.0, 6.0]], dtype=torch.float64))
     assert_close(values.margin, -torch.tensor([[3.0, 2.0, 1.0], [9.0, 6.0, 3.0]], dtype=torch.float64))
 
@@ -210,7 +214,7 @@ def one_system(seed: int) -> tuple[int, list[tuple[int, float]]]:
     curved = CurvedPath(
         linear, Slope(there, torch.zeros(n), (there,), torch.ones(1, 1), there.norm().reshape(1)), PROBE
     )
-    straight, bent = (follow(path, STEPS, kl, kl).safety_kl.mean(-1) for path in (linear, curved))
+    straight, bent = (follow(path, STEPS, Separate(kl, kl))[0].safety_kl.mean(-1) for path in (linear, curved))
     last = horizon(STEPS, part_ways(straight, bent, floor=1e-12))
     errors = (bent - truth).abs() / torch.maximum(bent, truth)
     return last, list(zip(STEPS, errors.tolist(), strict=True))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tiltmeter.geometry.clock import Clock
-from tiltmeter.geometry.forecast import follow
+from tiltmeter.geometry.forecast import Separate, follow
 from tiltmeter.geometry.metric import Adam, Sgd
 from tiltmeter.geometry.motion import measure_acceleration, measure_coupling, measure_krylov, measure_slope
 from tiltmeter.geometry.objective import FunctionObjective
@@ -50,7 +50,7 @@ def world(scale: float = 1.0, metric: Adam | Sgd | None = None, noise: float = 0
     paths = {"linear": linear, "curved": CurvedPath(linear, probe, steps // 2)}
     if isinstance(metric, Sgd):
         paths["krylov"] = KrylovPath(metric, clock, measure_krylov(objective, found, N))
-    values = {name: follow(path, clock.grid(4), safety, margin) for name, path in paths.items()}
+    values = {name: follow(path, clock.grid(4), Separate(safety, margin))[0] for name, path in paths.items()}
     frame = tuple(torch.eye(N, dtype=DOUBLE)[:2])
     covered = metric.flow_time(clock)
     measured = Measured(

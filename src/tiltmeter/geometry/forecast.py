@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from scipy import stats
@@ -46,18 +47,59 @@ class PathValues:
     margin: Tensor
 
 
-def follow(path: Path, steps: Sequence[int], safety_kl: Objective, negative_margin: Objective) -> PathValues:
+class Standing(Protocol):
+    """How safe a model is at a displacement."""
+
+    @property
+    def work(self) -> int:
+        """Tokens of one reading."""
+        ...
+
+    def __call__(self, displacement: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Safety KL [m], nats per token, and margin [m], nats."""
+        ...
+
+
+@dataclass(frozen=True)
+class Separate:
+    """A standing from an objective each. Cost: one forward pass of both per reading.
+
+    Attributes:
+        safety_kl: the KL.
+        negative_margin: minus the margin.
+    """
+
+    safety_kl: Objective
+    negative_margin: Objective
+
+    @property
+    def work(self) -> int:
+        """Tokens of one reading."""
+        return self.safety_kl.work + self.negative_margin.work
+
+    def __call__(self, displacement: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Safety KL [m], nats per token, and margin [m], nats."""
+        return self.safety_kl.losses(displacement), -self.negative_margin.losses(displacement)
+
+
+def follow(path: Path, steps: Sequence[int], standing: Standing) -> tuple[PathValues, Tensor]:
     """Evaluate KL and margin at a path's displacements.
 
-    Cost: one forward pass of both objectives per step.
+    Returns: the values, and the displacement [n] of the last step.
+
+    Cost: one reading of `standing` per step.
     """
     kl, margin = [], []
+    displacement = None
     for step in steps:
+        del displacement  # before the next is made
         displacement = path.displacement(step)
-        kl.append(safety_kl.losses(displacement).double().cpu())
-        margin.append(-negative_margin.losses(displacement).double().cpu())
-        del displacement
-    return PathValues(tuple(steps), torch.stack(kl), torch.stack(margin))
+        both = standing(displacement)
+        kl.append(both[0].double().cpu())
+        margin.append(both[1].double().cpu())
+    if displacement is None:
+        raise ValueError("expected at least one step to follow a path to")
+    return PathValues(tuple(steps), torch.stack(kl), torch.stack(margin)), displacement
 
 
 def mean_interval(samples: Tensor, level: float) -> tuple[Tensor, Tensor]:

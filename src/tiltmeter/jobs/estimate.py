@@ -53,16 +53,16 @@ class Estimate:
 
 def plan(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options) -> Passes:
     """Passes of `measure.measure`, in tokens, by the same kinds as they will be counted."""
-    answers, openings, rows = subject.divergence.work, subject.negative_margin.work, tuning.objective.work
+    answers, rows = subject.divergence.work, tuning.objective.work
     groups = min(options.groups, tuning.batches.shape[0])
     krylov = options.krylov if recipe.optimizer == "sgd" else 0
     planned = Passes()
     points = len(recipe.clock().grid(options.grid)) * (3 if krylov else 2) + 1
-    planned.add("forward", (answers + openings) * points)
+    planned.add("forward", subject.standing.work * points)
     planned.add("forward_backward", 2 * rows)
     planned.add("jvp", rows)
-    # Fisher forms: a random direction, the groups as they are and as Adam makes them, and H g twice
-    forms = [1, groups, *([groups] if recipe.optimizer != "sgd" else [])]
+    # Fisher forms: the groups as they are and as Adam makes them, and H g twice
+    forms = [groups, *([groups] if recipe.optimizer != "sgd" else [])]
     if groups > 1 and options.coupling:
         forms.append(2)
         if subject.hessian == "exact":

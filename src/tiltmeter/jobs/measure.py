@@ -25,7 +25,7 @@ from tiltmeter.geometry.noise import RowNoise, row_noise
 from tiltmeter.geometry.path import CurvedPath, KrylovPath, LinearPath, Path, pieces
 from tiltmeter.geometry.space import dot, norm
 from tiltmeter.jobs.recipe import Recipe
-from tiltmeter.jobs.subject import Options, Report, Subject
+from tiltmeter.jobs.subject import Options, Report, Subject, random_direction
 from tiltmeter.jobs.tuning import Tuning
 from tiltmeter.lm.gram import per_layer_name
 from tiltmeter.lm.memory import release
@@ -77,8 +77,8 @@ class Findings:
 def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, report: Report) -> Findings:
     """Measure motion, coupling and forecast.
 
-    Cost: two gradients of the tuning sample and one Hessian product; 2 groups + 5 directional passes over the answers;
-    two forward passes over answers and openings for every grid step.
+    Cost: two gradients of the tuning sample and one Hessian product; 2 groups + 4 directional passes over the answers;
+    two forward passes over prompts, answers and openings for every grid step.
     """
     clock, metric = recipe.clock(), recipe.metric
     report = _releasing(report)
@@ -93,9 +93,7 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
             f"the gradient of the tuning loss has norm {size}; expected a positive number. "
             "Either nothing in the tuning set is supervised, or the model already predicts it with certainty."
         )
-    random = _random(slope.mean, size, options.seed)
-    random_overlap = math.sqrt(float(divergence.fisher_form([random])[:, 0, 0].mean()))
-    del random
+    random_overlap = size * math.sqrt(subject.random_form)
     projected = None
     if subject.sensitivity is not None:
         projected = norm(subject.sensitivity.coordinates(slope.mean).double())
@@ -129,13 +127,13 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
     paths["curved"] = CurvedPath(linear, probe, probe_step)
     report("forecast through the network")
     grid = clock.grid(options.grid)
-    values = {name: follow(path, grid, divergence, subject.negative_margin) for name, path in paths.items()}
-    end = paths["curved"].displacement(clock.steps)
+    values = {name: follow(path, grid, subject.standing)[0] for name, path in paths.items() if name != "curved"}
+    values["curved"], end = follow(paths["curved"], grid, subject.standing)
     covered = metric.flow_time(clock)
     length, sample = norm(end), len(tuning.encoded.examples)
     layer_slopes = _layer_slopes(subject, end, float(covered[-1]))
     del end
-    walk = _random(slope.mean, length, options.seed)
+    walk = random_direction(slope.mean, length, options.seed)
     return Findings(
         clock,
         covered,
@@ -148,7 +146,7 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
         random_overlap,
         ritz,
         values,
-        (divergence.losses(walk), -subject.negative_margin.losses(walk)),
+        subject.standing(walk),
         length,
         row_noise(
             rows,
@@ -172,13 +170,6 @@ def _releasing(report: Report) -> Report:
         report(stage)
 
     return begin
-
-
-def _random(like: Tensor, length: float, seed: int) -> Tensor:
-    """A random direction of a given length, [n]."""
-    generator = torch.Generator().manual_seed(seed)
-    out = torch.randn(like.numel(), generator=generator, dtype=like.dtype).to(like.device)
-    return out.mul_(length / norm(out))
 
 
 def _preconditioned(metric: Adam | Sgd, slope: Slope, vector: Tensor) -> Tensor:

@@ -12,15 +12,18 @@ import torch
 from torch import Tensor
 
 from tiltmeter.errors import DegenerateError, UnsupportedModel
+from tiltmeter.geometry.forecast import Standing
 from tiltmeter.geometry.motion import LARGE
 from tiltmeter.geometry.objective import Passes
 from tiltmeter.geometry.sensitivity import Sensitivity, lanczos_sensitivity, measure_sensitivity, split_half_overlap
+from tiltmeter.geometry.space import norm
 from tiltmeter.jobs.inputs import Opened
 from tiltmeter.jobs.memory import memory_now, tokens_within
 from tiltmeter.jobs.recipe import Lora
 from tiltmeter.lm.divergence import DivergenceObjective, divergence_objective
 from tiltmeter.lm.forward import Forward
 from tiltmeter.lm.gram import Gram, gram, per_layer_name
+from tiltmeter.lm.kl_and_margin import reads_packed, standing
 from tiltmeter.lm.memory import release, within_memory
 from tiltmeter.lm.model import Loaded, add_lora, trainable
 from tiltmeter.lm.objective import LanguageObjective, likelihood_objective, negative_margin_objective
@@ -98,10 +101,12 @@ class Subject:
         safety: tokenised safety set.
         divergence: safety KL.
         negative_margin: minus the refusal margin.
+        standing: both, at a displacement.
         anchor_margin: [m], nats.
         margin_gradient: gradient of minus the mean margin, [n].
         sensitivity: the safety subspace, or None.
         no_sensitivity: why there is none.
+        random_form: u' F u of a random direction u of length one, mean over prompts: what any direction overlaps.
         split_half: overlap of the subspaces of random halves of the prompts, or None.
         gram: per-parameter inner products of the scores, or None where no Gram matrix was formed.
         score: per-example scores, or None.
@@ -119,10 +124,12 @@ class Subject:
     safety: SafetySet
     divergence: DivergenceObjective
     negative_margin: LanguageObjective
+    standing: Standing
     anchor_margin: Tensor
     margin_gradient: Tensor
     sensitivity: Sensitivity | None
     no_sensitivity: str | None
+    random_form: float
     split_half: Tensor | None
     gram: Gram | None
     score: LanguageObjective | None
@@ -182,7 +189,8 @@ def measure_subject(
     Raises:
         DegenerateError: the prompts do not determine `options.rank` directions.
 
-    Cost: answers of the model, one forward pass over answers and openings each, one Gram matrix and one gradient.
+    Cost: answers of the model, one forward pass over answers and openings each, one Gram matrix, one gradient of the
+        margin, one JVP of the answers, and two forward passes over the longest prompt.
     """
     begin = time.perf_counter()
     loaded = opened.loaded
@@ -210,7 +218,10 @@ def measure_subject(
     pad = loaded.tokenizer.pad_token_id
     report("anchor")
     divergence = divergence_objective(forward, safety.responses, pad, options.max_tokens, hessian=hessian)
-    margin = negative_margin_objective(forward, safety.refusals, safety.compliances, pad, options.max_tokens)
+    packed = reads_packed(forward, safety, pad)
+    openings = safety.refusals, safety.compliances
+    margin = negative_margin_objective(forward, *openings, pad, options.max_tokens, packed=packed)
+    both = standing(divergence, margin, safety, pad, packed=packed)
     anchor_margin = -margin.losses()
     before, began = forward.passes.tokens["forward_backward"], time.perf_counter()
     margin_gradient = margin.gradient()
@@ -219,8 +230,12 @@ def measure_subject(
         margin_gradient = margin_gradient.to(torch.bfloat16)
     release()
     report("safety subspace")
-    score = _score(forward, safety, margin, options, pad)
+    score = _score(forward, safety, options, pad)
     products, sensitivity, reason, halves = _subspace(score, divergence, options)
+    release()
+    random = random_direction(next(iter(forward.at().values())).new_empty(forward.space.size), 1.0, options.seed)
+    random_form = float(divergence.fisher_form([random])[:, 0, 0].mean())
+    del random
     release()
     return Subject(
         opened,
@@ -229,10 +244,12 @@ def measure_subject(
         safety,
         divergence,
         margin,
+        both,
         anchor_margin,
         margin_gradient,
         sensitivity,
         reason,
+        random_form,
         halves,
         products,
         score,
@@ -243,6 +260,13 @@ def measure_subject(
         options.max_tokens,
         token_seconds,
     )
+
+
+def random_direction(like: Tensor, length: float, seed: int) -> Tensor:
+    """A random direction of a given length, [n]."""
+    generator = torch.Generator().manual_seed(seed)
+    out = torch.randn(like.numel(), generator=generator, dtype=like.dtype).to(like.device)
+    return out.mul_(length / norm(out))
 
 
 def snapshot(passes: Passes) -> Passes:
@@ -266,13 +290,11 @@ def answer_safety(opened: Opened, rows: RowSet, options: Options, passes: Passes
     return safety
 
 
-def _score(
-    forward: Forward, safety: SafetySet, margin: LanguageObjective, options: Options, pad: int
-) -> LanguageObjective | None:
+def _score(forward: Forward, safety: SafetySet, options: Options, pad: int) -> LanguageObjective | None:
     if options.score == "gauss-newton":
         return None
     if options.score == "margin":
-        return margin
+        return negative_margin_objective(forward, safety.refusals, safety.compliances, pad, options.max_tokens)
     examples = safety.responses
     if options.score == "sampled":
         examples = sampled_labels(forward, examples, pad, options.max_tokens, options.seed)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from tiltmeter.geometry.forecast import Standing
 from tiltmeter.geometry.objective import Objective
 from tiltmeter.guards.callback import GuardCallback
 from tiltmeter.jobs.guarding import GuardOptions, attach_guard
@@ -25,6 +26,7 @@ from tiltmeter.lm.divergence import divergence_objective
 from tiltmeter.lm.forward import Forward
 from tiltmeter.lm.generation import generate
 from tiltmeter.lm.judge import judge_refusal
+from tiltmeter.lm.kl_and_margin import reads_packed, standing
 from tiltmeter.lm.measurement import Measurement
 from tiltmeter.lm.model import trainable, undisturbed
 from tiltmeter.lm.objective import likelihood_objective, negative_margin_objective
@@ -144,21 +146,22 @@ class Watch(TrainerCallback):  # type: ignore[misc]  # transformers has no types
 
     Attributes:
         model: that is trained.
-        pairs: name -> safety KL and minus the margin, on the model as it stands.
+        standings: name -> safety KL and margin of the model as it stands.
         at: steps to measure at.
         rows: name -> step -> margin [m] and KL [m].
     """
 
     model: Any
-    pairs: dict[str, tuple[Objective, Objective]]
+    standings: dict[str, Standing]
     at: frozenset[int]
     rows: dict[str, dict[int, tuple[Tensor, Tensor]]] = field(default_factory=dict)
 
     def measure(self, step: int) -> None:
         """Measure now. Cost: a forward pass over answers and openings."""
         with undisturbed(self.model):
-            for name, (divergence, negative) in self.pairs.items():
-                self.rows.setdefault(name, {})[step] = (-negative.losses(), divergence.losses())
+            for name, standing in self.standings.items():
+                kl, margin = standing(None)
+                self.rows.setdefault(name, {})[step] = (margin, kl)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Measure when it is due."""
@@ -204,18 +207,18 @@ def run_trial(
     forward = Forward(loaded.model, trainable(loaded.model))
     start = [p.detach().clone() for p in forward.parameters.values()]
     pad = loaded.tokenizer.pad_token_id
-    pairs: dict[str, tuple[Objective, Objective]] = {}
+    standings: dict[str, Standing] = {}
     with undisturbed(loaded.model):
         for name, each in asked.items():
             held = each.safety
-            pairs[name] = (
-                divergence_objective(forward, held.responses, pad, max_tokens),
-                negative_margin_objective(forward, held.refusals, held.compliances, pad, max_tokens),
-            )
+            divergence = divergence_objective(forward, held.responses, pad, max_tokens)
+            margin = negative_margin_objective(forward, held.refusals, held.compliances, pad, max_tokens)
+            packed = reads_packed(forward, held, pad)
+            standings[name] = standing(divergence, margin, held, pad, packed=packed)
     encoded = encode(tuning.rows, loaded.tokenizer, min(recipe.max_length, loaded.context))
     fields = arguments_of(recipe, {"save_strategy": "no"}, folder, loaded.model.device)
     trainer = build_trainer(loaded, encoded.examples, recipe, fields)
-    watch = Watch(loaded.model, pairs, frozenset({*steps, recipe.steps}))
+    watch = Watch(loaded.model, standings, frozenset({*steps, recipe.steps}))
     watch.measure(0)
     clock = StepClock()
     callbacks: list[TrainerCallback] = [clock, watch]

@@ -71,6 +71,44 @@ class Batch:
     tokens: Tensor
     labels: Tensor
 
+    @property
+    def targets(self) -> tuple[Tensor, Tensor]:
+        """What outputs are to predict, [b, t], and where these t of the labels' T - 1 columns stand; the others are
+        supervised nowhere.
+        """
+        shifted = self.labels[:, 1:]
+        keep = (shifted != UNSUPERVISED).any(0).nonzero()[:, 0]
+        return shifted[:, keep], keep
+
+    @property
+    def together(self) -> int:
+        """Neighbouring sequences that share their tokens and cannot be had apart."""
+        return 1
+
+    @property
+    def read(self) -> Tensor:
+        """Columns of tokens whose outputs are needed, ascending, long."""
+        return self.targets[1]
+
+    def inputs(self, device: torch.device, *, boolean: bool) -> dict[str, Tensor]:
+        """What a model is called with. Right padding under a causal mask needs no attention mask.
+
+        Args:
+            device: of the model.
+            boolean: whether its attention takes a mask of truth values, or one to be added to the scores.
+        """
+        return {"input_ids": self.tokens.to(device)}
+
+    def arrange(self, logits: Tensor) -> Tensor:
+        """Logits at `read`, [b, t, vocabulary], by sequence and target."""
+        return logits
+
+    def only(self, held: Tensor) -> tuple[Tensor, Batch]:
+        """Some sequences, without the padding that only the others needed, and which they are [h]."""
+        tokens, labels = self.tokens[held], self.labels[held]
+        length = int((labels != UNSUPERVISED).any(0).nonzero().max()) + 1
+        return held, Batch(tokens[:, :length], labels[:, :length])
+
 
 def encode(
     rows: Sequence[Mapping[str, Any]],

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import torch
 
-#: First step length, as a share of the parameters' norm.
-FIRST = 3e-7
+#: First step length for a gradient and for the slope of log-probabilities, as a share of the parameters' norm.
+FIRST, FIRST_SLOPE = 3e-7, 4e-8
 
 #: Steps are never shorter or longer than this, as a share of the parameters' norm: a loss without curvature would drive
 #: them up until the model is another one.

@@ -15,11 +15,11 @@ from tiltmeter.geometry.motion import LARGE
 from tiltmeter.geometry.objective import covariance_over_outcomes
 from tiltmeter.geometry.space import ParameterSpace, norm
 from tiltmeter.lm.conversation import Batch, Example, batches
-from tiltmeter.lm.difference import ATTEMPTS, FIRST, next_length
+from tiltmeter.lm.difference import ATTEMPTS, FIRST_SLOPE, next_length
 from tiltmeter.lm.forward import Forward, Reading, divergence, negative_log_likelihood, per_sequence
 from tiltmeter.lm.memory import out_of_memory, shrinking, within_memory
 from tiltmeter.lm.model import second_order
-from tiltmeter.lm.objective import LanguageObjective, finite, halved, narrow
+from tiltmeter.lm.objective import LanguageObjective, finite, halved, widest
 from tiltmeter.lm.template import UNSUPERVISED
 
 #: Logits at supervised positions, [P, vocabulary], as a function of the named parameters.
@@ -81,7 +81,7 @@ class DivergenceObjective:
         for (members, batch), reference in zip(self.inner.chunks, self.log_probability, strict=True):
             rows = held[members].nonzero()[:, 0]
             if rows.numel():
-                chunks.append((members[rows], narrow(batch, rows)))
+                chunks.append((members[rows], batch.only(rows)[1]))
                 references.append(_rows(reference, batch, rows))
         return replace(self.inner, chunks=tuple(chunks), reading=_reading(references))
 
@@ -163,20 +163,24 @@ class DivergenceObjective:
         if self.inner.hessian == "difference":
             return self._path_by_difference(velocity, acceleration)
         forward = self.inner.forward
-        parameters, first, second = forward.at(), forward.along(velocity), forward.along(acceleration)
+        # as one vector: the sums below are then three, and not three for every parameter
+        dtype = widest(forward)
+        start, first, second = (
+            v.to(forward.device, dtype) for v in (forward.space.flatten(forward.at()), velocity, acceleration)
+        )
 
         def derive(logits: Logits, tokens: int) -> Tensor:
             forward.passes.add("path", tokens)
 
             def along(t: Tensor) -> Tensor:
-                moved = {name: p + t * first[name] + t**2 / 2 * second[name] for name, p in parameters.items()}
-                return torch.log_softmax(logits(moved), -1)
+                moved = start + t * first + t**2 / 2 * second
+                return torch.log_softmax(logits(forward.space.split(moved)), -1)
 
             def slope(t: Tensor) -> Tensor:
                 derivative: Tensor = jvp(along, (t,), (torch.ones_like(t),))[1]
                 return derivative
 
-            zero = torch.zeros((), device=forward.device)
+            zero = torch.zeros((), device=forward.device, dtype=dtype)
             return torch.stack(jvp(slope, (zero,), (torch.ones_like(zero),))[:2])
 
         return self._forms(derive, 2)
@@ -187,7 +191,7 @@ class DivergenceObjective:
         size, anchor = norm(velocity), self.inner.anchor_norm()
         if size == 0:
             return torch.zeros(self.m, 2, 2, dtype=torch.float64)
-        length = self.inner.learned.get("slope", FIRST * anchor)
+        length = self.inner.learned.get("slope", FIRST_SLOPE * anchor)
         for attempt in range(1, ATTEMPTS + 1):
             step = length / size
             derivatives = []
@@ -253,8 +257,7 @@ def _change(ahead: Sequence[Tensor], behind: Sequence[Tensor]) -> float:
 
 
 def _supervised(batch: Batch) -> Tensor:
-    targets = batch.labels[:, 1:] != UNSUPERVISED
-    return targets[:, targets.any(0)]
+    return batch.targets[0] != UNSUPERVISED
 
 
 def _rows(reference: Tensor, batch: Batch, rows: Tensor) -> Tensor:

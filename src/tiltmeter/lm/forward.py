@@ -61,21 +61,20 @@ class Forward:
     def logits(self, parameters: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits [b, t, vocabulary] and the labels [b, t] they predict, at the t positions any example supervises.
 
-        Right padding under a causal mask needs no attention mask. Where the model's signature allows it, the output
-        layer runs on those positions alone.
+        Where the model's signature allows it, the output layer runs on those positions alone.
         """
-        targets = batch.labels[:, 1:]
-        keep = (targets != UNSUPERVISED).any(0).nonzero()[:, 0]
-        inputs: dict[str, object] = {"input_ids": batch.tokens.to(self.device), "use_cache": False}
         # a PEFT model hands its arguments on to the model inside
         inner = next(module for module in self.model.modules() if isinstance(module, PreTrainedModel))
+        keep, targets = batch.read, batch.targets[0]
+        boolean = inner.config._attn_implementation == "sdpa"
+        inputs: dict[str, object] = {**batch.inputs(self.device, boolean=boolean), "use_cache": False}
         narrow = "logits_to_keep" in inspect.signature(inner.forward).parameters
         if narrow:
             inputs["logits_to_keep"] = keep.to(self.device)
         out: Tensor = functional_call(self.model, dict(parameters), (), inputs, tie_weights=True).logits
         if not narrow:
             out = out[:, keep.to(self.device)]
-        return _full(out), targets[:, keep].to(self.device)
+        return _full(batch.arrange(out)), targets.to(self.device)
 
 
 #: Turns logits [b, t, vocabulary] and labels [b, t] of micro-batch number i into one value per sequence [b].

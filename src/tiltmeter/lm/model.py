@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tiltmeter.errors import ModelError, OutOfMemory, UnsupportedModel
 from tiltmeter.lm.adapter import adapter_folder, base_of, has_tokenizer, merge, quiet
 from tiltmeter.lm.checkpoint import cannot, check_memory, read_gguf, read_model, read_tokenizer
+from tiltmeter.lm.frozen import frozen_weights
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -87,13 +88,14 @@ def wrap(model: Any, tokenizer: Any) -> Loaded:
     )
 
 
-def second_order() -> AbstractContextManager[None]:
-    """The attention kernel for second derivatives and forward mode: the fused ones have neither.
+@contextmanager
+def second_order() -> Iterator[None]:
+    """For second derivatives and forward mode: an attention kernel that has them, and no products with known zeros.
 
-    It needs more memory, so use it around such passes only.
+    The kernel needs more memory than the fused ones, so use it around such passes only.
     """
-    context: AbstractContextManager[None] = sdpa_kernel(SDPBackend.MATH)
-    return context
+    with sdpa_kernel(SDPBackend.MATH), frozen_weights():
+        yield
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from tiltmeter.lm.difference import ATTEMPTS, FIRST, next_length
 from tiltmeter.lm.forward import Forward, Reading, negative_log_likelihood
 from tiltmeter.lm.memory import logger, release, shrinking
 from tiltmeter.lm.model import second_order
-from tiltmeter.lm.template import UNSUPERVISED
+from tiltmeter.lm.packed import packs
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class LanguageObjective:
             release()
             self._gradient(self.forward.at(displacement, v, -step), weights, out)
             self.learned["gradient"] = length
-            better = next_length(length, norm(out) / (2 * ahead), anchor, _dtype(self.forward)) if ahead else length
+            better = next_length(length, norm(out) / (2 * ahead), anchor, widest(self.forward)) if ahead else length
             if better == length or attempt == ATTEMPTS:
                 break
             length = better
@@ -171,8 +171,8 @@ class LanguageObjective:
             if held.numel() == 0:
                 continue
             if held.numel() < share.numel() and self.reading is negative_log_likelihood:
-                batch = narrow(batch, held)
-                share = share[held]
+                kept, batch = batch.only(held)
+                share = share[kept]
             self.forward.passes.add(kind, batch.tokens.numel())
             values = self.reading(*self.forward.logits(leaves, batch), number)
             yield (values * share.to(values)).sum()
@@ -192,17 +192,10 @@ class LanguageObjective:
         out.index_add_(0, self.owner[members], values.double().cpu() * self.factor[members])
 
 
-def _dtype(forward: Forward) -> torch.dtype:
+def widest(forward: Forward) -> torch.dtype:
     """That of the parameters while they are differentiated."""
     wide = any(p.dtype == torch.float64 for p in forward.parameters.values())
     return torch.float64 if wide else torch.float32
-
-
-def narrow(batch: Batch, held: Tensor) -> Batch:
-    """Some sequences of a batch, without the padding that only the others needed."""
-    tokens, labels = batch.tokens[held], batch.labels[held]
-    length = int((labels != UNSUPERVISED).any(0).nonzero().max()) + 1
-    return Batch(tokens[:, :length], labels[:, :length])
 
 
 def halved(chunks: Sequence[tuple[Tensor, Batch]]) -> list[tuple[tuple[Tensor, Batch], int, Tensor]]:
@@ -214,15 +207,16 @@ def halved(chunks: Sequence[tuple[Tensor, Batch]]) -> list[tuple[tuple[Tensor, B
     most = max(batch.tokens.numel() for _, batch in chunks)
     out = []
     for number, (members, batch) in enumerate(chunks):
-        rows = torch.arange(len(members))
-        split = 2 * batch.tokens.numel() > most and len(members) > 1
+        rows = torch.arange(len(members)).view(-1, batch.together)
+        split = 2 * batch.tokens.numel() > most and len(rows) > 1
         if batch.tokens.numel() == most and not split:
             raise OutOfMemory(
                 f"memory ran out on a single sequence of {batch.tokens.shape[1]} tokens. Shorten the rows "
                 "(--max-length), train fewer parameters (--lora-r), or use a larger machine."
             )
-        for part in rows.tensor_split(2) if split else (rows,):
-            out.append(((members[part], narrow(batch, part) if split else batch), number, part))
+        for half in rows.tensor_split(2) if split else (rows,):
+            part = half.flatten()
+            out.append(((members[part], batch.only(part)[1] if split else batch), number, part))
     logger.warning("memory ran out: micro-batches of at most %d tokens become half as large", most)
     return out
 
@@ -277,7 +271,13 @@ def likelihood_objective(
 
 
 def negative_margin_objective(
-    forward: Forward, refusals: Sequence[Example], compliances: Sequence[Example], pad_id: int, max_tokens: int
+    forward: Forward,
+    refusals: Sequence[Example],
+    compliances: Sequence[Example],
+    pad_id: int,
+    max_tokens: int,
+    *,
+    packed: bool = False,
 ) -> LanguageObjective:
     """-(log p(refusal opening) - log p(compliance opening)) of each prompt, nats: a loss, so that lower is safer.
 
@@ -287,10 +287,16 @@ def negative_margin_objective(
         compliances: the same prompts with the compliance opening supervised.
         pad_id: token to pad with.
         max_tokens: micro-batch size.
+        packed: read each prompt once for both openings; ask `kl_and_margin.reads_packed` first.
     """
     m = len(refusals)
-    order = [example for pair in zip(refusals, compliances, strict=True) for example in pair]
-    chunks = tuple((torch.tensor(members), batch) for members, batch in batches(order, pad_id, max_tokens))
+    pairs = list(zip(refusals, compliances, strict=True))
+    laid = (
+        packs(pairs, pad_id, max_tokens)
+        if packed
+        else batches([example for pair in pairs for example in pair], pad_id, max_tokens)
+    )
+    chunks = tuple((torch.tensor(members), batch) for members, batch in laid)
     owner = torch.arange(m).repeat_interleave(2)
     factor = torch.tensor([1.0, -1.0], dtype=torch.float64).repeat(m)
     return LanguageObjective(forward, chunks, owner, factor, negative_log_likelihood, m)

@@ -21,6 +21,7 @@ from tiltmeter.geometry.sensitivity import Sensitivity
 from tiltmeter.lm.forward import Forward
 from tiltmeter.lm.generation import generate
 from tiltmeter.lm.judge import judge_refusal
+from tiltmeter.lm.kl_and_margin import reads_packed, standing
 from tiltmeter.lm.measurement import Measurement
 from tiltmeter.lm.model import trainable, undisturbed, wrap
 from tiltmeter.lm.objective import likelihood_objective, negative_margin_objective
@@ -98,11 +99,14 @@ class Tracker:
         begin = time.perf_counter()
         self.anchor = self._open_anchor(safety_rows, told, resume)
         pad = self.loaded.tokenizer.pad_token_id
-        self._divergence = self.anchor.divergence(self.forward, pad, self.options.max_tokens)
+        divergence = self.anchor.divergence(self.forward, pad, self.options.max_tokens)
         safety_set = self.anchor.safety
         self._margin = negative_margin_objective(
             self.forward, safety_set.refusals, safety_set.compliances, pad, self.options.max_tokens
         )
+        with undisturbed(model):
+            packed = reads_packed(self.forward, safety_set, pad)
+        self._standing = standing(divergence, self._margin, safety_set, pad, packed=packed)
         self._sensitivity: Sensitivity | None = subspace(self.anchor, self.forward, pad, self.options)
         self._rows = RowFile(self.folder / ROWS)
         self._rates = RowFile(self.folder / RATES, durable=False)
@@ -181,7 +185,7 @@ class Tracker:
         training = begin - self._last if self.rows else 0.0
         model = self.forward.model
         with undisturbed(model):
-            kl, margin = self._divergence.losses(), -self._margin.losses()
+            kl, margin = self._standing(None)
             dear = final or (step & (step - 1)) == 0
             drift = measure_drift(self.anchor, self.forward, self._sensitivity, self.options, dear=dear)
             overlap, no_overlap = self._turned(step)
@@ -254,7 +258,7 @@ class Tracker:
             return
         whole = sum(p.numel() for p in self.forward.model.parameters())
         share = self.forward.space.size / whole
-        work = self._divergence.work + self._margin.work + SKETCH_TOKENS * share
+        work = self._standing.work + SKETCH_TOKENS * share
         self.schedule = Schedule(interval(work, tokens, frozen=share < 0.5), frozenset(self.options.also))
         store.write_text(self.folder / SETTINGS, json.dumps({"every": self.schedule.every}))
 
