@@ -200,10 +200,16 @@ def lines(record: Mapping[str, Any]) -> list[str]:
         )
     e0, gamma = aic["initial_overlap"], aic["curvature_coupling"]
     null = aic["initial_overlap_random"]
-    out.append(f"overlap     e0 = {_interval(e0)} {null['unit']} (random direction: {null['value']:.2g})")
+    if e0 is None:
+        out.append(f"overlap     not measured: {record['reasons']['aic.initial_overlap']}")
+    else:
+        out.append(f"overlap     e0 = {_interval(e0)} {null['unit']} (random direction: {null['value']:.2g})")
     crossover = aic["crossover"]
     when = "not told" if crossover is None or crossover["value"] is None else f"{crossover['value']:.2g} of flow time"
-    out.append(f"coupling    gamma = {_interval(gamma)} nats^1/2 per flow time squared; crossover at {when}")
+    if gamma is None:
+        out.append(f"coupling    not measured: {record['reasons']['aic.curvature_coupling']}")
+    else:
+        out.append(f"coupling    gamma = {_interval(gamma)} nats^1/2 per flow time squared; crossover at {when}")
     order = forecast["leading_order"]
     out.append(f"order       safety KL grows as flow time^{_interval(order)} at the end of what is claimed")
     for name, label in (("margin_change", "margin"), ("safety_kl", "safety KL"), ("refusal_rate", "refusals")):

@@ -53,9 +53,11 @@ def world(scale: float = 1.0, metric: Adam | Sgd | None = None, noise: float = 0
     values = {name: follow(path, clock.grid(4), Separate(safety, margin))[0] for name, path in paths.items()}
     frame = tuple(torch.eye(N, dtype=DOUBLE)[:2])
     covered = metric.flow_time(clock)
+    coupling = measure_coupling(safety, found, measure_acceleration(objective, found))
     measured = Measured(
         values,
-        measure_coupling(safety, found, measure_acceleration(objective, found)),
+        coupling.overlap_groups,
+        coupling,
         None,
         float(objective.losses().mean()),
         float(slope.norm()),

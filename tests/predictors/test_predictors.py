@@ -91,6 +91,8 @@ def test_a_square_below_zero_is_unknown() -> None:
         ("gamma_hat", replace(w.case.measured, coupling=lost)),
         ("gamma_full", replace(w.case.measured, coupling=None, no_coupling="one batch")),
         ("polynomial", replace(w.case.measured, coupling=None, no_coupling="one batch")),
+        ("initial_overlap", replace(w.case.measured, overlap_groups=None)),
+        ("initial_overlap", replace(w.case.measured, overlap_groups=torch.full((3, 2, 2), -1.0, dtype=DOUBLE))),
     ):
         risk = PREDICTORS[name](replace(w.case, measured=measured))
         assert risk.value is None

@@ -46,6 +46,7 @@ class Findings:
         gradient_norm: of the mean gradient (after clipping).
         batch_norms: of every batch gradient before clipping.
         projected: norm of the gradient inside the safety subspace, or None.
+        overlap_groups: g_i' F g_j per prompt for the groups of batches under gradient flow, [m, J, J]; None if J = 1.
         coupling: overlap and curvature coupling under gradient flow, or None with a reason.
         no_coupling: why not.
         random_overlap: overlap of a random direction of the gradient's norm.
@@ -63,6 +64,7 @@ class Findings:
     gradient_norm: float
     batch_norms: Tensor
     projected: float | None
+    overlap_groups: Tensor | None
     coupling: Coupling | None
     no_coupling: str | None
     random_overlap: float
@@ -141,8 +143,9 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
         size,
         slope.norms,
         projected,
+        overlap if overlap.shape[-1] > 1 else None,
         coupling,
-        None if coupling is not None else SINGLE if options.coupling else NOT_ASKED,
+        None if coupling is not None else SINGLE if overlap.shape[-1] == 1 else NOT_ASKED,
         random_overlap,
         ritz,
         values,

@@ -69,6 +69,7 @@ def measured_of(found: Findings) -> Measured:
     share = torch.where(noise.covered > 0, noise.drawn / noise.covered.square().clamp_min(1e-300), 0.0)
     return Measured(
         found.values,
+        found.overlap_groups,
         found.coupling,
         found.no_coupling,
         found.tuning_loss,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from tiltmeter.geometry.forecast import Curve, jackknife, mean_interval
+from tiltmeter.geometry.motion import between_groups
 from tiltmeter.geometry.objective import Passes
 from tiltmeter.geometry.sensitivity import rank_by_energy
 from tiltmeter.jobs.estimate import Estimate
@@ -151,25 +152,30 @@ def _aic(subject: Subject, found: Findings, options: Options, why: Reasons) -> d
         "initial_overlap_random": {"value": found.random_overlap, "unit": per_time},
         "clock": "gradient flow: flow time is the sum of learning rates of plain gradient descent",
     }
-    names = ("initial_overlap", "curvature_coupling", "gamma_full", "cross_term", "crossover", "crossover_steps")
-    if found.coupling is None:
-        for name in names:
-            out[name] = None
-            why[f"aic.{name}"] = str(found.no_coupling)
+    noise = "the square came out below zero: indistinguishable from zero at this sample size"
+    e0: dict[str, Any] = {"value": None}
+    if found.overlap_groups is None:
+        out["initial_overlap"] = None
+        why["aic.initial_overlap"] = str(found.no_coupling)
     else:
-        c = found.coupling
-        noise = "the square came out below zero: indistinguishable from zero at this sample size"
-        e0 = _root(c.overlap, options.level, per_time, "aic.initial_overlap", noise, why)
-        low, high = jackknife(c.overlap_groups.mean(0), options.level)
+        e0 = _root(between_groups(found.overlap_groups), options.level, per_time, "aic.initial_overlap", noise, why)
+        out["initial_overlap"] = e0
+        low, high = jackknife(found.overlap_groups.mean(0), options.level)
         few = "fewer than three groups of batches"
         out["initial_overlap_over_batches"] = {
             "low": why.number("aic.initial_overlap_over_batches.low", low, few),
             "high": why.number("aic.initial_overlap_over_batches.high", high, few),
             "unit": per_time,
         }
+    if found.coupling is None:
+        for name in ("curvature_coupling", "gamma_full", "cross_term", "crossover", "crossover_steps"):
+            out[name] = None
+            why[f"aic.{name}"] = str(found.no_coupling)
+    else:
+        c = found.coupling
         gamma = _root(c.coupling, options.level, per_square, "aic.curvature_coupling", noise, why)
         full = _root(c.full, options.level, per_square, "aic.gamma_full", noise, why)
-        out |= {"initial_overlap": e0, "curvature_coupling": gamma, "gamma_full": full}
+        out |= {"curvature_coupling": gamma, "gamma_full": full}
         out["cross_term"] = _mean(c.cross, options.level, "nats per flow time cubed", "aic.cross_term", why)
         crossover = 2 * e0["value"] / gamma["value"] if e0["value"] and gamma["value"] else math.nan
         needs = "needs both the overlap and the coupling to be told from zero"
@@ -348,8 +354,10 @@ def arrays_of(subject: Subject, found: Findings) -> dict[str, Tensor]:
         out["gram"] = subject.gram.total
     if subject.sensitivity is not None:
         out["eigenvalues"] = subject.sensitivity.spectrum
+    if found.overlap_groups is not None:
+        out["coupling.overlap"] = between_groups(found.overlap_groups)
     if found.coupling is not None:
-        for name in ("overlap", "cross", "coupling", "full"):
+        for name in ("cross", "coupling", "full"):
             out[f"coupling.{name}"] = torch.as_tensor(getattr(found.coupling, name))
     if found.ritz is not None:
         out["ritz"] = found.ritz

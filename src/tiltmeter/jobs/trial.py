@@ -212,9 +212,9 @@ def run_trial(
         for name, each in asked.items():
             held = each.safety
             divergence = divergence_objective(forward, held.responses, pad, max_tokens)
-            margin = negative_margin_objective(forward, held.refusals, held.compliances, pad, max_tokens)
+            openings = negative_margin_objective(forward, held.refusals, held.compliances, pad, max_tokens)
             packed = reads_packed(forward, held, pad)
-            standings[name] = standing(divergence, margin, held, pad, packed=packed)
+            standings[name] = standing(divergence, openings, held, pad, packed=packed)
     encoded = encode(tuning.rows, loaded.tokenizer, min(recipe.max_length, loaded.context))
     fields = arguments_of(recipe, {"save_strategy": "no"}, folder, loaded.model.device)
     trainer = build_trainer(loaded, encoded.examples, recipe, fields)

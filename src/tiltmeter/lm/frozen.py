@@ -31,12 +31,13 @@ def _matrix_product(one: Tensor, other: Tensor) -> Tensor:
 
 
 def _product(one: Tensor, other: Tensor) -> Tensor:
-    shape = torch.broadcast_shapes(one.shape, other.shape)
+    shape = torch.broadcast_shapes(one.shape, other.shape)  # type: ignore[no-untyped-call]
     return _zeros(shape, one if one.ndim else other, torch.result_type(one, other))
 
 
 def _sum(one: Tensor, other: Tensor, *, alpha: float = 1) -> Tensor:
-    shape, dtype = torch.broadcast_shapes(one.shape, other.shape), torch.result_type(one, other)
+    shape = torch.broadcast_shapes(one.shape, other.shape)  # type: ignore[no-untyped-call]
+    dtype = torch.result_type(one, other)
     if _known(one) and _known(other):
         return _zeros(shape, one if one.ndim else other, dtype)
     rest = one if _known(other) else other if alpha == 1 else other * alpha
@@ -50,11 +51,11 @@ KERNELS: dict[str, Callable[..., Tensor]] = {"mm": _matrix_product, "mul.Tensor"
 @contextmanager
 def frozen_weights() -> Iterator[None]:
     """Skip calculations with tangents that are known to be zero, as long as this lasts."""
-    library = torch.library.Library("aten", "IMPL")
+    library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
     with warnings.catch_warnings():  # torch says that kernels are replaced; they come back below
         warnings.simplefilter("ignore", UserWarning)
         for name, kernel in KERNELS.items():
-            library.impl(name, kernel, "ZeroTensor")
+            library.impl(name, kernel, "ZeroTensor")  # type: ignore[no-untyped-call]
     try:
         yield
     finally:

@@ -135,5 +135,5 @@ def _reading(references: Sequence[Tensor]) -> Reading:
 def _answers_of(reference: Tensor, labels: Tensor, sequences: Tensor) -> Tensor:
     """What a reference [P, vocabulary] over a micro-batch's answers holds of some of its sequences."""
     counts = (labels[::TRIPLE] != UNSUPERVISED).sum(1).tolist()
-    parts = reference.split(counts)
+    parts = torch.split(reference, counts)
     return torch.cat([parts[i] for i in torch.unique(sequences // TRIPLE).tolist()])

@@ -54,6 +54,7 @@ class Measured:
 
     Attributes:
         paths: name -> KL and margin per prompt along the predicted path.
+        overlap_groups: products g_i' F g_j of groups of batches, [m, J, J], or None for a single group.
         coupling: overlap and curvature coupling under gradient flow, or None.
         no_coupling: why not.
         tuning_loss: mean loss, nats per token.
@@ -67,6 +68,7 @@ class Measured:
     """
 
     paths: Mapping[str, PathValues]
+    overlap_groups: Tensor | None
     coupling: Coupling | None
     no_coupling: str | None
     tuning_loss: float
