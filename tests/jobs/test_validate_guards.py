@@ -129,3 +129,23 @@ def test_cells_that_are_there_are_not_run_again(done: tuple[Plan, Path, dict]) -
 def test_bad_guards_are_told(tmp_path: Path, change: tuple[str, str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         plan_of(tmp_path, PLAN.replace(*change))
+
+
+def test_a_guard_that_cannot_protect_a_run_is_noted_and_the_plan_goes_on(tmp_path: Path) -> None:
+    # safe_lora needs the model from before alignment, which the plan does not name
+    text = PLAN.replace("max_steps: 12", "max_steps: 2").replace(
+        "axis: [none, {name: budget, budget_kl: 2.0e-5}, {name: freeze, strength: 1.0}, ema]",
+        "axis: [none, safe_lora, ema]",
+    )
+    plan = plan_of(tmp_path, text)
+    done = validate(plan, tmp_path / "out")
+    assert (done.cells, done.planned) == (3, 3)
+    store.check_values(done.record)
+    (refused,) = done.record["guards_refused"]
+    assert (refused["guard"], refused["set"], refused["seed"]) == ("safe_lora", "tiny-copy", 0)
+    assert "base" in refused["why"]
+    assert [run["guard"] for run in done.record["guard_runs"]] == ["none", "ema"]
+    page = render_validation_page(done.record, "Trial")
+    assert "Guards that stopped before the first step" in page
+    again = validate(plan, tmp_path / "out")  # a refusal is a finished cell
+    assert again.record["guards_refused"] == done.record["guards_refused"]

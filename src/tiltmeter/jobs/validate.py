@@ -105,7 +105,10 @@ def validate(
             sides[cell.regime.name] = _measure_side(plan, cell, halves, rows, tell, first=number == 0)
         side = sides[cell.regime.name]
         if cell.guard is not None:
-            done.append(_guarded_cell(plan, out, cell, side, rows[cell.set.name], tell))
+            try:
+                done.append(_guarded_cell(plan, out, cell, side, rows[cell.set.name], tell))
+            except InputError as refusal:  # that a guard cannot protect a run is a result too
+                done.append(_refused_cell(plan, out, cell, side, str(refusal)))
             summary = _write_summary(plan, out, done)
             if finished is not None:
                 finished(summary)
@@ -218,14 +221,7 @@ def _guarded_cell(plan: Plan, out: Path, cell: Cell, side: _Side, rows: RowSet, 
         )
         why = Reasons()
         record = {
-            "schema": CELL_SCHEMA,
-            **provenance(str(side.subject.loaded.model.device)),
-            "question": plan.question(cell),
-            "name": cell.name,
-            "model": {"name": plan.model, "digest": trial.digest},
-            "set": cell.set.name,
-            "regime": cell.regime.name,
-            "seed": cell.seed,
+            **_header(plan, cell, side, trial.digest),
             **_guard_of(plan, cell, trial, why),
             "measured": _measured_of(plan, trial, why),
             "cost": {"trial_seconds": trial.seconds},
@@ -235,6 +231,33 @@ def _guarded_cell(plan: Plan, out: Path, cell: Cell, side: _Side, rows: RowSet, 
         held = {f"{name}.{key}": getattr(seen, key) for name, seen in trial.seen.items() for key in ("margin", "kl")}
         store.write_record(folder, record, held)
     return record
+
+
+def _refused_cell(plan: Plan, out: Path, cell: Cell, side: _Side, reason: str) -> dict[str, Any]:
+    """A cell whose guard stopped the run, with what it said."""
+    guard = cell.guard
+    record = {
+        **_header(plan, cell, side, side.subject.loaded.digest),
+        "guard": {"name": "none" if guard is None else guard.name},
+        "refused": reason,
+        "reasons": {},
+    }
+    with store.new_folder(out / CELLS / cell.name) as folder:
+        store.write_record(folder, record, {})
+    return record
+
+
+def _header(plan: Plan, cell: Cell, side: _Side, digest: str) -> dict[str, Any]:
+    return {
+        "schema": CELL_SCHEMA,
+        **provenance(str(side.subject.loaded.model.device)),
+        "question": plan.question(cell),
+        "name": cell.name,
+        "model": {"name": plan.model, "digest": digest},
+        "set": cell.set.name,
+        "regime": cell.regime.name,
+        "seed": cell.seed,
+    }
 
 
 def _guard_of(plan: Plan, cell: Cell, trial: Trial, why: Reasons) -> dict[str, Any]:

@@ -45,6 +45,17 @@ def summary_of(plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
         "collapse": _collapse(cells, "collapse", why),
         "cost": _cost(cells, "cost", why),
         "guard_runs": _guard_runs(plan, every, why),
+        "guards_refused": [
+            {
+                "guard": c["guard"]["name"],
+                "set": c["set"],
+                "regime": c["regime"],
+                "seed": c["seed"],
+                "why": c["refused"],
+            }
+            for c in every
+            if "refused" in c
+        ],
         "reasons": dict(why),
     }
 

@@ -62,6 +62,13 @@ def _guards(record: Record) -> dict[str, Any]:
         groups = groups_of([run for run in runs if (run["set"], run["regime"]) == (name, regime)])
         plots.append(draw_pareto(f"{name}, {regime}", groups, f"guard{place}"))
         tables.append(guard_table(f"Guards: {name}, {regime}", groups))
+    refused = [
+        (each["guard"], each["set"], each["regime"], str(each["seed"]), each["why"])
+        for each in record.get("guards_refused", [])
+    ]
+    if refused:
+        header = ("guard", "set", "regime", "seed", "why")
+        tables.append(_table("Guards that stopped before the first step", header, refused))
     return {"guards": plots, "guard_tables": tables}
 
 
