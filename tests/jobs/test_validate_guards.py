@@ -95,6 +95,20 @@ def test_a_guard_keeps_what_the_run_without_loses(done: tuple[Plan, Path, dict])
     assert free["task_loss"] < average["task_loss"] < free["task_loss_before"]  # an average lags behind
 
 
+def test_what_a_guard_does_after_the_last_step_is_measured(done: tuple[Plan, Path, dict]) -> None:
+    # the average of weights stands in for them when training ends; up to there the run is the one without a guard
+    plan, out, summary = done
+    runs = {run["guard"]: run for run in summary["guard_runs"]}
+    assert runs["ema"]["heldout_kl"] < 0.9 * runs["none"]["heldout_kl"]
+    free, average = (
+        store.read_record(out / "cells" / cell.name)[1]["held_out.kl"]
+        for cell in plan.cells()
+        if cell.guard is None or cell.guard.name == "ema"
+    )
+    assert torch.equal(free[:-1], average[:-1])
+    assert float(average[-1].mean()) == pytest.approx(runs["ema"]["heldout_kl"], rel=1e-6)
+
+
 def test_scores_of_forecasts_are_of_the_runs_without_a_guard(done: tuple[Plan, Path, dict]) -> None:
     summary = done[2]
     assert (summary["finished"], summary["planned"]) == (4, 4)

@@ -230,6 +230,8 @@ def run_trial(
         guard = attach_guard(guarded.guard, opened, guarded.rows, encoded.examples, trainer, recipe.seed)
         callbacks.insert(1, guard)
     train(trainer, callbacks, None)
+    if guard is not None:  # it may have changed the weights after the last step: an average, a last pull-back
+        watch.measure(recipe.steps)
     ends = zip(forward.parameters.values(), start, strict=True)
     length = sum(float((now.detach() - was).double().square().sum()) for now, was in ends) ** 0.5
     seen = {}
