@@ -15,7 +15,6 @@ from tiltmeter.geometry.sensitivity import spectrum_of
 from tiltmeter.jobs.inputs import Opened
 from tiltmeter.jobs.recipe import Lora
 from tiltmeter.jobs.subject import Options, Subject, layer_sensitivity, measure_subject, with_lora
-from tiltmeter.lm.conversation import collate
 from tiltmeter.lm.model import Loaded, digest_of
 from tiltmeter.lm.packed import pack
 from tiltmeter.lm.rows import RowSet
@@ -111,7 +110,7 @@ def test_a_safety_set_with_answers_is_not_answered_again(make_llama: Any, make_t
     # the longest prompt is read in two layouts, to see whether packed ones can be
     triples = zip(subject.safety.responses, subject.safety.refusals, subject.safety.compliances, strict=True)
     longest = max(triples, key=lambda triple: max(len(each.tokens) for each in triple))
-    tried = collate(longest, 0).tokens.numel() + pack([longest], 0).tokens.numel()
+    tried = sum(len(each.tokens) for each in longest) + pack([longest], 0).tokens.numel()
     assert again.spent.tokens["forward"] == first == subject.divergence.work + subject.negative_margin.work + tried
     generated = RowSet("asked", tuple({"prompt": row["prompt"]} for row in GIVEN), "d")
     answered = measure_subject(subject.opened, generated, None, replace(SMALL, response_tokens=4))

@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from torch.testing import assert_close
 
 from tiltmeter import store
@@ -87,8 +86,9 @@ def test_a_cell_holds_the_forecast_and_a_run_that_really_happened(plan: Plan, do
     subject = measure_subject(opened, plan.split()[0], cell.recipe.lora, plan.options)
     told = assess_subject(subject, cell.set.open(), cell.regime.recipe, plan.options).record["forecast"]
     assert record["predicted"]["margin_change"]["value"] == told["margin_change"]["value"]
-    assert_close(arrays["assessed.margin"][0], subject.anchor_margin)
-    assert torch.equal(arrays["held_out.kl"][0], torch.zeros(4, dtype=torch.float64))
+    # in float32, read with and without the answers beside the openings
+    assert_close(arrays["assessed.margin"][0], subject.anchor_margin, rtol=1e-5, atol=0)
+    assert float(arrays["held_out.kl"][0].abs().max()) < 1e-9
     seen = record["measured"]["assessed"]
     assert seen["steps"] == [0, 1, 2, 6]
     change = (arrays["assessed.margin"][-1] - arrays["assessed.margin"][0]).mean()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -60,4 +61,8 @@ def test_wandb_offline_has_the_last_row(
     assert told == pytest.approx({name: last[name] for name in told})
     [folder] = (tmp_path / "wandb").glob("offline-run-*")
     [file] = folder.glob("*.wandb")
+    for _ in range(300):  # its own process writes it
+        if file.stat().st_size > 1000:
+            break
+        time.sleep(0.2)
     assert file.stat().st_size > 1000

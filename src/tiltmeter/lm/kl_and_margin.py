@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tiltmeter.geometry.forecast import Separate, Standing
-from tiltmeter.lm.conversation import collate
+from tiltmeter.lm.conversation import Batch, collate
 from tiltmeter.lm.divergence import DivergenceObjective
 from tiltmeter.lm.forward import Forward, Reading, divergence, negative_log_likelihood
 from tiltmeter.lm.memory import shrinking
@@ -107,15 +107,18 @@ def reads_packed(forward: Forward, safety: SafetySet, pad_id: int) -> bool:
     if min(common_prompt(triple) for triple in triples) == 0:
         return False
     longest = max(triples, key=lambda triple: max(len(each.tokens) for each in triple))
-    plain, packed = collate(longest, pad_id), pack([longest], pad_id)
+    alone = [collate([each], pad_id) for each in longest]  # one by one: not more at a time than anything else needs
+
+    def read(batch: Batch) -> Tensor:
+        forward.passes.add("forward", batch.tokens.numel())
+        return negative_log_likelihood(*forward.logits(forward.at(), batch)).double()
+
     with torch.no_grad():
-        forward.passes.add("forward", plain.tokens.numel())
-        apart = negative_log_likelihood(*forward.logits(forward.at(), plain)).double()
+        apart = torch.cat([read(batch) for batch in alone])
         try:
-            forward.passes.add("forward", packed.tokens.numel())
-            joined = negative_log_likelihood(*forward.logits(forward.at(), packed)).double()
+            joined = read(pack([longest], pad_id))
         except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError):
-            return False  # the model takes no mask of its own, or no positions
+            return False  # the model takes no mask of its own, or no positions, or there is no room for both at once
     allowed = max(AGREE[dtype] for dtype in dtypes)
     return bool(((joined - apart).abs() <= allowed * (1 + apart.abs())).all())
 
