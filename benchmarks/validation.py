@@ -1,7 +1,8 @@
 """Take a validation's summary into the committed results, and write the README's table from it.
 
 Run: python benchmarks/validation.py OUT [NAME], after tiltmeter validate PLAN -o OUT; `make validate` does both.
-NAME is that of the committed record, "validation" by default; only that one has its table in the README.
+NAME is that of the committed record, "validation" by default; only that one has its table in the README. A plan with
+guards has its table in docs/guards.md.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
+GUARDS = ROOT / "docs" / "guards.md"
 NAME = "validation"
 BLOCK = re.compile(r"<!-- validation table -->.*?<!-- end of validation table -->", re.S)
+GUARD_BLOCK = re.compile(r"<!-- aligned table -->.*?<!-- end of aligned table -->", re.S)
 
 #: Predictors in the README's table besides ours: the rest are in the record and on the page.
 BASELINES = ("gradient_norm", "gamma_hat", "initial_overlap", "overlap_cosine", "initial_loss", "random_subspace",
@@ -58,6 +61,23 @@ def _sizes(sizes: dict[str, Any], prompts: str) -> str:
     return f"Median relative size error on {prompts} prompts (margin / KL): {told}."
 
 
+def guard_table(record: dict[str, Any]) -> str:
+    """Runs with and without guards as Markdown; "learned" is the fall of the task loss over the unguarded run's."""
+    rows = [
+        "| set | guard | strength | learned | held-out KL, nats | margin, nats | refusals | over-refused | step time |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    free = {(r["set"], r["regime"], r["seed"]): r for r in record["guard_runs"] if r["guard"] == "none"}
+    for run in record["guard_runs"]:
+        alone = free[run["set"], run["regime"], run["seed"]]
+        fall, whole = (each["task_loss_before"] - each["task_loss"] for each in (run, alone))
+        rates = [_percent(run[key]) for key in ("refusal_rate", "over_refusal_rate")]
+        cells = [run["set"], run["guard"], f"{run['strength']:g}", _percent(fall / whole), f"{run['heldout_kl']:.3g}"]
+        cells += [f"{run['margin']:+.2f}", *rates, f"{run['step_time_ratio']:.1f}x"]
+        rows.append(f"| {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
 def with_table(readme: str, record: dict[str, Any]) -> str:
     """The README with the table between its marks; unchanged if it has none."""
     block = f"<!-- validation table -->\n{table(record)}\n<!-- end of validation table -->"
@@ -89,6 +109,11 @@ def main() -> None:
     text = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
     (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
     print(table(record))
+    if record["guard_runs"]:
+        made = guard_table(record)
+        print(made)
+        block = f"<!-- aligned table -->\n{made}\n<!-- end of aligned table -->"
+        GUARDS.write_text(GUARD_BLOCK.sub(lambda _: block, GUARDS.read_text(encoding="utf-8")), encoding="utf-8")
     if name == NAME:
         README.write_text(with_table(README.read_text(encoding="utf-8"), record), encoding="utf-8")
 
