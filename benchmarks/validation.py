@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from scipy import stats
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
@@ -46,10 +48,24 @@ def table(record: dict[str, Any]) -> str:
             for prompts in ("held_out", "assessed")
         )
         + ".",
+        *_ceiling(record["cells"]),
         f"Collapses: {fell['happened']} happened, {fell['foretold']['hits']} foretold, {fell['dated']['hits']} dated "
         f"within a factor of two; {_hits(fell['false_alarms'])} false alarms.",
     ]
     return "\n".join(rows) + "\n\n" + "\n".join(said)
+
+
+def _ceiling(cells: list[dict[str, Any]]) -> list[str]:
+    """How well one half of the prompts tells the other's ranks, both measured: no forecast can do much better."""
+    if len(cells) < 4:
+        return []
+    told = []
+    for key in ("margin_change", "safety_kl"):
+        halves = [[cell["measured"][half][key]["value"][-1] for cell in cells] for half in ("assessed", "held_out")]
+        told.append(f"{stats.spearmanr(*halves).statistic:.2f}")
+    return [
+        f"Measured on assessed and on held-out prompts, runs agree in rank to {told[0]} (margin) and {told[1]} (KL)."
+    ]
 
 
 def _sizes(sizes: dict[str, Any], prompts: str) -> str:
