@@ -66,7 +66,7 @@ class Forward:
         # a PEFT model hands its arguments on to the model inside
         inner = next(module for module in self.model.modules() if isinstance(module, PreTrainedModel))
         keep, targets = batch.read, batch.targets[0]
-        boolean = inner.config._attn_implementation == "sdpa"
+        boolean = getattr(inner.config, "_attn_implementation", None) == "sdpa"
         inputs: dict[str, object] = {**batch.inputs(self.device, boolean=boolean), "use_cache": False}
         narrow = "logits_to_keep" in inspect.signature(inner.forward).parameters
         if narrow:
