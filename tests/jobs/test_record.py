@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from tiltmeter import store
+from tiltmeter.commands import lines
 from tiltmeter.jobs.assess import Assessment, assess_subject
 from tiltmeter.jobs.inputs import Opened
 from tiltmeter.jobs.recipe import Recipe
 from tiltmeter.jobs.record import SCHEMA, Reasons
-from tiltmeter.jobs.subject import Options, measure_subject, with_lora
+from tiltmeter.jobs.subject import Options, measure_subject, random_direction, with_lora
 from tiltmeter.lm.model import Loaded, digest_of
 from tiltmeter.lm.rows import RowSet
 
@@ -108,3 +109,34 @@ def test_reasons_are_given_for_everything_that_is_not_a_number() -> None:
     assert why.number("a", 1, "x") == 1.0
     assert [why.number(key, value, f"no {key}") for key, value in (("b", None), ("c", float("nan")))] == [None, None]
     assert why == {"b": "no b", "c": "no c"}
+
+
+def test_without_the_coupling_the_overlap_stays_and_the_rest_is_null_with_a_reason(
+    make_llama: Any, make_tokenizer: Any
+) -> None:
+    whole, part = (made(make_llama, make_tokenizer, coupling=coupling).record for coupling in (True, False))
+    assert part["aic"]["initial_overlap"] == whole["aic"]["initial_overlap"]
+    assert part["aic"]["initial_overlap_over_batches"] == whole["aic"]["initial_overlap_over_batches"]
+    assert part["forecast"] == whole["forecast"]
+    for name in ("curvature_coupling", "gamma_full", "cross_term", "crossover", "crossover_steps"):
+        assert part["aic"][name] is None
+        assert "--no-coupling" in part["reasons"][f"aic.{name}"]
+    said = "\n".join(lines(part))
+    assert "coupling    not measured: left out (--no-coupling)" in said
+    assert "overlap     e0 = " in said
+
+
+@pytest.mark.parametrize("scale", [1.0, 7.0])
+def test_the_null_of_the_overlap_is_the_kl_of_a_random_step(make_llama: Any, make_tokenizer: Any, scale: float) -> None:
+    model = make_llama().double()
+    with torch.no_grad():  # a sharper model, so that a lost factor would show
+        model.get_output_embeddings().weight.mul_(scale)
+    opened = with_lora(Opened(Loaded(model, make_tokenizer(), "small", digest_of(model), 256)), None, 0)
+    subject = measure_subject(opened, RowSet("locks", LOCKS, "d1"), None, SMALL)
+    recipe = Recipe(learning_rate=1e-4, steps=5, batch_size=2)
+    record = assess_subject(subject, RowSet("sums", SUMS, "d2"), recipe, SMALL).record
+    # KL of a step eps u is eps^2 / 2 u'Fu
+    size, eps = record["baselines"]["gradient_norm"]["value"], 1e-3
+    u = random_direction(torch.empty(subject.forward.space.size, dtype=torch.float64), 1.0, SMALL.seed)
+    form = 2 * float(subject.divergence.losses(eps * u).mean()) / eps**2
+    assert record["aic"]["initial_overlap_random"]["value"] == pytest.approx(size * form**0.5, rel=1e-3)

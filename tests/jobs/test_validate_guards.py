@@ -160,6 +160,6 @@ def test_a_guard_that_cannot_protect_a_run_is_noted_and_the_plan_goes_on(tmp_pat
     assert "base" in refused["why"]
     assert [run["guard"] for run in done.record["guard_runs"]] == ["none", "ema"]
     page = render_validation_page(done.record, "Trial")
-    assert "Guards that stopped before the first step" in page
+    assert "Guards that stopped a run" in page
     again = validate(plan, tmp_path / "out")  # a refusal is a finished cell
     assert again.record["guards_refused"] == done.record["guards_refused"]

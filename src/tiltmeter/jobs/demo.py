@@ -85,7 +85,7 @@ def run(
     Cost: the safety side is measured once per regime.
     """
     options = replace(options, seed=seed)
-    # of all parameters the coupling is a third of the cost: the demo shows it under LoRA, `tiltmeter assess` under both
+    # of all parameters the coupling takes long: the demo shows it under LoRA, `tiltmeter assess` under both
     asked = {
         regime: replace(options, coupling=options.coupling and each.lora is not None)
         for regime, each in recipes.items()

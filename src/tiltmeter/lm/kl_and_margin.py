@@ -12,7 +12,7 @@ from tiltmeter.geometry.forecast import Separate, Standing
 from tiltmeter.lm.conversation import Batch, collate
 from tiltmeter.lm.divergence import DivergenceObjective
 from tiltmeter.lm.forward import Forward, Reading, divergence, negative_log_likelihood
-from tiltmeter.lm.memory import shrinking
+from tiltmeter.lm.memory import logger, shrinking
 from tiltmeter.lm.objective import LanguageObjective, halved
 from tiltmeter.lm.packed import common_prompt, pack, packs
 from tiltmeter.lm.safety import SafetySet
@@ -117,8 +117,10 @@ def reads_packed(forward: Forward, safety: SafetySet, pad_id: int) -> bool:
         apart = torch.cat([read(batch) for batch in alone])
         try:
             joined = read(pack([longest], pad_id))
-        except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError):
-            return False  # the model takes no mask of its own, or no positions, or there is no room for both at once
+        except (RuntimeError, ValueError, TypeError, NotImplementedError, AttributeError) as error:
+            # the model takes no mask of its own, or no positions, or there is no room for both at once
+            logger.info("every sequence is read by itself, since packed prompts failed: %s", error)
+            return False
     allowed = max(AGREE[dtype] for dtype in dtypes)
     return bool(((joined - apart).abs() <= allowed * (1 + apart.abs())).all())
 

@@ -68,7 +68,7 @@ def _guards(record: Record) -> dict[str, Any]:
     ]
     if refused:
         header = ("guard", "set", "regime", "seed", "why")
-        tables.append(_table("Guards that stopped before the first step", header, refused))
+        tables.append(_table("Guards that stopped a run", header, refused))
     return {"guards": plots, "guard_tables": tables}
 
 
