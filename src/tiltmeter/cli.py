@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
@@ -28,23 +29,43 @@ err = Console(stderr=True, highlight=False, soft_wrap=True)
 #: Exit code when a budget is forecast or measured to be exceeded.
 OVER_BUDGET = 3
 
+#: Commands that know how to work in several processes.
+PARALLEL = ("assess", "finetune")
+
+#: Processes that a launcher started, and which of them this is.
+PROCESSES, RANK = (int(os.environ.get(name) or least) for name, least in (("WORLD_SIZE", 1), ("RANK", 0)))
+
 
 def main() -> None:
-    """Entry point: every error that is raised on purpose becomes one line and its exit code."""
+    """Entry point: every error that is raised on purpose becomes one line and its exit code.
+
+    Of several processes the first speaks for all, unless something went wrong in another alone.
+    """
     try:
-        app()
+        with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if RANK else sys.stdout):
+            err.quiet = RANK > 0
+            app()
     except TiltmeterError as error:
+        err.quiet = RANK > 0 and isinstance(error, InputError)
         err.print(f"[bold red]{type(error).__name__}[/]: ", end="")
         err.print(" ".join(line.strip() for line in str(error).splitlines()), markup=False)
         sys.exit(error.exit_code)
 
 
 @app.callback(invoke_without_command=True)
-def root(version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False) -> None:
+def root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
     """Predict, watch and prevent the collapse of safety alignment under fine-tuning."""
     if version:
         print(f"tiltmeter {__version__}")
         raise typer.Exit
+    if PROCESSES > 1 and context.invoked_subcommand not in PARALLEL:
+        raise InputError(
+            f"{context.invoked_subcommand} was started in {PROCESSES} processes and works in one; start it without "
+            f"accelerate launch ({' and '.join(PARALLEL)} work in several)"
+        )
 
 
 @contextmanager
@@ -230,6 +251,8 @@ def finetune(
     limits = {"kl": budget_kl, "margin": budget_margin, "refusal": budget_refusal}
     with progress_bar() as ticker, results_only():
         result = commands.finetune(model, safety, tuning, recipe, given, tracking, limits, running, out, ticker)
+    if RANK > 0:  # the main process alone has measured
+        return
     if as_json:
         print(json.dumps(result.record, indent=2, ensure_ascii=False, allow_nan=False))
     else:

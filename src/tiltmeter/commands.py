@@ -24,6 +24,7 @@ from tiltmeter.jobs.inputs import open_rows
 from tiltmeter.jobs.recipe import Lora, Recipe, read_recipe
 from tiltmeter.jobs.subject import Options
 from tiltmeter.jobs.theory import TheoryCheck, run_theory
+from tiltmeter.lm.processes import speaks
 from tiltmeter.lm.scores import Score
 from tiltmeter.report.page import render_markdown, write_page
 from tiltmeter.report.ranking_page import write_ranking_page
@@ -177,7 +178,7 @@ def assess(
             listen=ticker.listen,
         )
 
-    if out is None:
+    if out is None or not speaks():
         return run(), None
     with store.new_folder(out) as folder:
         result = run()

@@ -17,6 +17,7 @@ from tiltmeter.jobs.inputs import open_rows
 from tiltmeter.jobs.recipe import Recipe, read_arguments, recipe_of
 from tiltmeter.jobs.track import Track
 from tiltmeter.jobs.training import TrainerName
+from tiltmeter.lm.processes import speaks
 from tiltmeter.report.track_page import write_track_page
 from tiltmeter.tracking.alarm import Budgets
 from tiltmeter.tracking.anchor import TrackerOptions
@@ -72,7 +73,8 @@ def finetune(
         **{**running, "trainer": cast("TrainerName", running["trainer"]), "guard": guard},
         report=ticker.report,
     )
-    write_track_page([result.record], out / "index.html", f"{model} fine-tuned on {tuning}")
+    if speaks():
+        write_track_page([result.record], out / "index.html", f"{model} fine-tuned on {tuning}")
     return result
 
 

@@ -1,5 +1,7 @@
 """Predicted displacements against real optimiser runs and integrated gradient flow."""
 
+import math
+
 import pytest
 import torch
 from scipy.integrate import solve_ivp
@@ -200,6 +202,41 @@ def test_curved_path_follows_real_adam_on_a_cubic_loss(betas: tuple[float, float
 def test_curved_path_with_an_unchanged_probe_is_the_linear_path(scale: float) -> None:
     linear = LinearPath(Adam(weight_decay=0.1), Clock.constant(scale, 6), slope(G, G.abs()), normal(7, N))
     assert_close(CurvedPath(linear, linear.slope, 3).displacement(5), linear.displacement(5))
+
+
+@SCALES
+@pytest.mark.parametrize("wide", [torch.float64, torch.bfloat16])
+def test_a_second_look_leaves_a_quarter_of_the_error(scale: float, wide: torch.dtype) -> None:
+    """Solved by hand for a parabola h x^2 / 2: T - hT^2/2 + h^2 T^3/8 of g; with one look the last term is missing.
+
+    Gradient flow has h^2 T^3/6 there. Probes may be kept in bfloat16.
+    """
+    h, steps = 0.02 / scale, 8
+    rates = torch.full((steps,), scale / steps, dtype=torch.float64)
+    t, g = scale, torch.tensor([2.0, -3.0], dtype=torch.float64)
+
+    def probe(where: Tensor) -> Slope:
+        return slope((g + h * where).to(wide))
+
+    linear = LinearPath(Sgd(), Clock(rates), slope(g))
+    once = CurvedPath(linear, probe(linear.displacement(4)), 4)
+    twice = once.looked_at(probe(once.displacement(8)), 8)
+    exact = torch.float64 == wide
+    close = {"rtol": 1e-12, "atol": 0.0} if exact else {"rtol": 2**-8, "atol": 0.0}
+    assert_close(once.displacement(8), -g * (t - h * t**2 / 2), **close)
+    assert_close(twice.displacement(8), -g * (t - h * t**2 / 2 + h**2 * t**3 / 8), **close)
+    assert_close(twice.displacement(4), once.displacement(4), rtol=0, atol=0)
+    flow_end = -g * (1 - math.exp(-h * t)) / h
+    if exact:
+        left = (twice.displacement(8) - flow_end).norm() / (once.displacement(8) - flow_end).norm()
+        assert_close(float(left), 0.25, rtol=0.03, atol=0)
+
+
+def test_a_second_look_no_further_than_the_first_is_refused() -> None:
+    rates = torch.tensor([0.1, 0.1, 0.0, 0.0], dtype=torch.float64)
+    path = CurvedPath(LinearPath(Sgd(), Clock(rates), slope(G)), slope(G), 2)
+    with pytest.raises(DegenerateError, match="no further than the first"):
+        path.looked_at(slope(G), 4)
 
 
 def test_spread_is_interpolated_and_never_negative() -> None:

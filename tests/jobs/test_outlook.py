@@ -11,7 +11,7 @@ import torch
 from torch.testing import assert_close
 
 from tiltmeter.geometry.forecast import PathValues
-from tiltmeter.jobs.outlook import Outlook, look_out
+from tiltmeter.jobs.outlook import Looks, Outlook, carried, look_out
 from tiltmeter.jobs.subject import Options
 from tiltmeter.lm.measurement import Measurement, share
 
@@ -32,16 +32,20 @@ def made(
     power: float = 2.0,
     rate: Measurement | None = None,
     stretch: float = 1.0,
+    once: float | None = None,
     **budgets: Any,
 ) -> Outlook:
-    """Margins that change by `slope` per step (by `other` on the straight path) and a KL = flow time^power."""
+    """Margins that change by `slope` per step (by `other` on the straight path) and a KL = flow time^power.
+
+    With `once`, the last two steps lie beyond the first probe; the path without the second look has that slope there.
+    """
     wobble = scatter * torch.linspace(-1, 1, PROMPTS, dtype=torch.float64)
     start = anchor + torch.linspace(-0.5, 0.5, PROMPTS, dtype=torch.float64)
     steps = torch.tensor(STEPS, dtype=torch.float64)[:, None]
     kl = (TIMES[:, None] ** power).expand(-1, PROMPTS) * (1 + wobble)
 
-    def path(s: float) -> PathValues:
-        return PathValues(STEPS, kl, start + s * steps * (1 + wobble))
+    def path(s: float, of: slice = slice(None)) -> PathValues:
+        return PathValues(STEPS[of], kl[of], (start + s * steps * (1 + wobble))[of])
 
     noise = SimpleNamespace(
         margin_reach=lambda level: COVERED * reach,
@@ -50,6 +54,7 @@ def made(
     )
     found = SimpleNamespace(
         values={"curved": path(slope), "linear": path(slope if other is None else other)},
+        check=None if once is None else path(once, slice(-2, None)),
         covered=COVERED, noise=noise,
     )  # fmt: skip
     safety = SimpleNamespace(refusal_rate=lambda: rate or share(6, 6))
@@ -86,6 +91,45 @@ def test_nothing_good_is_claimed_where_the_paths_part_on_the_way() -> None:
     assert 0 < outlook.horizon_steps < 8
     assert outlook.verdict in ("wears", "cannot tell")
     assert "beyond" in outlook.horizon_reason
+
+
+def test_a_second_look_that_changes_nothing_carries_the_horizon_to_the_end() -> None:
+    """The straight path may be far off: it is no judge of a path that has settled."""
+    outlook = made(-0.5, other=-0.1, once=-0.55)
+    assert outlook.horizon_steps == 8
+    assert "second look at the gradient does not change" in outlook.horizon_reason
+    half = made(-0.5, other=-0.5, once=-2.0)
+    assert half.horizon_steps == 8  # the straight path agrees to the end, whatever the check says
+    parted = made(-0.5, other=-0.1, once=-2.0)
+    assert parted.horizon_steps == 0
+    assert "straight and the curved" in parted.horizon_reason
+
+
+def test_a_second_look_that_changes_the_end_claims_the_steps_before() -> None:
+    """Steps 4 and 8 lie beyond the probe; the two looks differ by 0.1 and 1.6 nats there."""
+    outlook = made(-0.5, other=-0.1)
+    assert outlook.horizon_steps == 0
+    start = torch.full((4, PROMPTS), 5.0, dtype=torch.float64)
+    change = torch.tensor([-0.5, -1.0, -2.0, -4.0], dtype=torch.float64)[:, None]
+    kl = TIMES[:, None].square().expand(-1, PROMPTS)
+    straight = PathValues(STEPS, kl, start + 0.1 * change)
+    once = PathValues((4, 8), kl[2:], start[2:] + change[2:] * torch.tensor([[1.05], [1.6]], dtype=torch.float64))
+    looks = Looks(PathValues(STEPS, kl, start + change), straight, once, COVERED, start[0])
+    assert looks.settled() == 4
+    assert looks.horizon() == (4, "beyond it a second look at the gradient changes the forecast")
+    gap = looks.gap(lambda path: path.margin.mean(-1))
+    back = -0.1 * (TIMES[:2] / TIMES[2]) ** 3  # third order in flow time
+    assert_close(gap, torch.cat([back, torch.tensor([-0.1, 3.6], dtype=torch.float64)]))
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_noise_of_the_slope_grows_with_what_the_path_makes_of_it(scale: float) -> None:
+    """A curved change three times the straight one has three times its noise, until the straight one drowns in it."""
+    reach, straight, curved = (
+        scale * torch.tensor(x, dtype=torch.float64) for x in ([1e-9, 1.0], [1.0, 0.0], [-3.0, 3.0])
+    )
+    assert_close(carried(reach, straight, curved), scale * torch.tensor([3e-9, 4.0], dtype=torch.float64))
+    assert_close(carried(reach, curved, straight), reach)  # never below what was measured
 
 
 @pytest.mark.parametrize("power", [2.0, 4.0])

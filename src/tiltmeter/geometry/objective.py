@@ -229,7 +229,7 @@ def covariance_over_outcomes(derivatives: Tensor, log_probability: Tensor) -> Te
 
 
 #: Cost of each pass in forward+backward equivalents of the same data, measured on a 135 M-parameter Llama on a CPU
-#: (`benchmarks/passes.py` measures them again).
+#: (`benchmarks/performance.py` measures them again).
 FORWARD_BACKWARD = {
     "forward": 1 / 3,
     "forward_backward": 1.0,

@@ -6,7 +6,7 @@ through the network, so that only the path is expanded and never the safety loss
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -59,27 +59,33 @@ class LinearPath:
 
 @dataclass(frozen=True)
 class CurvedPath:
-    """The update rule carried along a line of gradients measured at two places.
+    """The update rule carried along a line of gradients measured at two places or three.
 
     Mean and spread of the mini-batch gradient are interpolated in flow time between the anchor and a probe on the
-    linear path, and the optimiser's bounded rule is integrated over them. The change of gradient is a secant of the
-    true loss, so it stays finite where the Hessian at the anchor (and D H D g under Adam) explodes. Past the
-    probe, a gradient that the secant would carry through zero stays at zero: descent stops where the slope ends, and
-    does not turn around.
+    linear path, and the optimiser's bounded rule is integrated over them. A second probe at the end of the path that
+    this gives replaces what was extrapolated from the first; how far it moves the end shows whether the path has
+    settled. The change of gradient is a secant of the true loss, so it stays finite where the Hessian at the anchor
+    (and D H D g under Adam) explodes. Past the last probe, a gradient that the secant would carry through zero stays at
+    zero: descent stops where the slope ends, and does not turn around.
 
     Attributes:
         linear: the path from the anchor's gradients alone.
         probe: gradients at `linear.displacement(probe_step)`.
         probe_step: that step.
         nodes: integration intervals (midpoint rule).
+        second: gradients further along, or None.
+        second_step: the step they were measured for; later than `probe_step`.
 
-    Error: third order in flow time for gradient descent, plus the departure of the loss from a parabola.
+    Error: third order in flow time for gradient descent, t^3/6 H^2 g with one probe half-way and a quarter of that with
+        a second at the end, plus the departure of the loss from a parabola.
     """
 
     linear: LinearPath
     probe: Slope
     probe_step: int
     nodes: int = 4
+    second: Slope | None = None
+    second_step: int = 0
 
     def displacement(self, step: int) -> Tensor:
         """Minus the integral of direction(mean(tau), spread(tau)) over flow time, [n]."""
@@ -91,13 +97,28 @@ class CurvedPath:
         out = torch.zeros_like(anchor.mean)
         for part in pieces(out):
             for node in range(self.nodes):
-                share = (node + 0.5) / self.nodes * covered / probed
-                mean = torch.lerp(anchor.mean[part], self.probe.mean[part], share)
+                time = (node + 0.5) / self.nodes * covered
+                before, after, share = anchor, self.probe, time / probed
+                if self.second is not None and time > probed:
+                    before, after = self.probe, self.second
+                    share = (time - probed) / (float(times[self.second_step]) - probed)
+                mean, last = _between(before.mean, after.mean, part, share)
                 if share > 1:
-                    mean[mean * self.probe.mean[part] < 0] = 0.0
-                spread = torch.lerp(anchor.spread[part], self.probe.spread[part], share).clamp_min_(0)
+                    mean[mean * last < 0] = 0.0
+                spread = _between(before.spread, after.spread, part, share)[0].clamp_min_(0)
                 out[part].add_(metric.direction(mean, spread), alpha=-covered / self.nodes)
         return _decay(out, metric, covered, self.linear.decayed)
+
+    def looked_at(self, second: Slope, step: int) -> CurvedPath:
+        """The same path with a second probe, measured at its own displacement of `step`.
+
+        Raises:
+            DegenerateError: the recipe does not move between the two probes.
+        """
+        times = self.linear.metric.flow_time(self.linear.clock)
+        if not float(times[step]) > float(times[self.probe_step]):
+            raise DegenerateError("the second probe is no further than the first; choose a later step")
+        return replace(self, second=second, second_step=step)
 
 
 @dataclass(frozen=True)
@@ -147,6 +168,13 @@ class TaylorPath:
 def pieces(vector: Tensor) -> list[slice]:
     """Slices of a vector [n] that fit a cache; an elementwise rule then holds no temporary of length n."""
     return [slice(start, start + PIECE) for start in range(0, vector.numel(), PIECE)]
+
+
+def _between(before: Tensor, after: Tensor, part: slice, share: float) -> tuple[Tensor, Tensor]:
+    """A piece of the line between two vectors and of its end, in the wider dtype: probes may be kept narrow."""
+    wide = torch.promote_types(before.dtype, torch.float32)
+    end = after[part].to(wide)
+    return torch.lerp(before[part].to(wide), end, share), end
 
 
 def _decay(displacement: Tensor, metric: Metric, covered: float, decayed: Tensor | None) -> Tensor:

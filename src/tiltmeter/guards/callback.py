@@ -86,7 +86,7 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Put the guard's state into the checkpoint."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self.session is not None and folder.is_dir():
+        if self.session is not None and state.is_world_process_zero and folder.is_dir():
             self.session.save(folder)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:

@@ -19,7 +19,9 @@ from tiltmeter.jobs.recipe import Recipe
 from tiltmeter.jobs.record import Cost, arrays_of, record_of
 from tiltmeter.jobs.subject import Options, Report, Subject, measure_subject, silent, snapshot, with_lora
 from tiltmeter.jobs.tuning import Tuning, prepare_tuning, sample_tuning
+from tiltmeter.lm.distributed import summed_passes
 from tiltmeter.lm.model import undisturbed
+from tiltmeter.lm.processes import join
 from tiltmeter.lm.rows import RowSet
 
 
@@ -59,6 +61,9 @@ def assess(
 ) -> Assessment:
     """Assess one tuning set before any training.
 
+    Started in several processes (`accelerate launch`, torchrun), all of them measure shares of the micro-batches and
+    come back with the same result.
+
     Args:
         model: hub id, folder, GGUF file, adapter folder or `demo:` name of the aligned model.
         safety: safety prompts: file, hub id or `demo:` name.
@@ -85,6 +90,7 @@ def assess(
     """
     options = options or Options()
     check_options(options)
+    join(device)
     recipe.clock()  # a schedule that nobody knows is better told before the model is loaded
     rows, tuning_rows = open_rows(safety), open_rows(tuning)
     report("loading the model")
@@ -146,7 +152,8 @@ def examine_subject(
     found = measure(subject, tuning, recipe, options, report)
     outlook = look_out(subject, found, options)
     now, spent = subject.forward.passes, subject.spent
-    passes = Passes(spent.calls + now.calls - before.calls, spent.tokens + now.tokens - before.tokens)
+    own = Passes(spent.calls + now.calls - before.calls, spent.tokens + now.tokens - before.tokens)
+    passes = summed_passes(own)
     seconds = time.perf_counter() - begin + subject.seconds
     cost = Cost(expected, passes, seconds, peak_gb(), data_tokens(subject, tuning))
     return _assemble(subject, tuning, recipe, options, found, outlook, cost), tuning, found

@@ -57,9 +57,13 @@ def plan(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options) -> 
     groups = min(options.groups, tuning.batches.shape[0])
     krylov = options.krylov if recipe.optimizer == "sgd" else 0
     planned = Passes()
-    points = len(recipe.clock().grid(options.grid)) * (3 if krylov else 2) + 1
+    clock = recipe.clock()
+    grid, covered = clock.grid(options.grid), recipe.metric.flow_time(clock)
+    probe = max(1, clock.steps // 2)
+    again = bool(covered[-1] > covered[probe])  # a second look at the gradient, and the path without it
+    points = len(grid) * (3 if krylov else 2) + 1 + again * sum(step > probe for step in grid)
     planned.add("forward", subject.standing.work * points)
-    planned.add("forward_backward", 2 * rows)
+    planned.add("forward_backward", (2 + again) * rows)
     planned.add("jvp", rows)
     # Fisher forms: the groups as they are and as Adam makes them, and H g twice
     forms = [groups, *([groups] if recipe.optimizer != "sgd" else [])]
@@ -102,7 +106,7 @@ def estimate(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options)
 
 def memory_needed(subject: Subject, tuning: Tuning, options: Options) -> float:
     """Memory that `measure.measure` is expected to take at its fullest moment, besides what is held already, GB."""
-    most = max(batch.tokens.numel() for _, batch in (*subject.divergence.inner.chunks, *tuning.objective.chunks))
+    most = max(subject.divergence.largest, tuning.objective.largest)
     each = token_gb(subject.loaded.model.config, subject.hessian == "exact")
     return vectors_gb(subject.forward.space.size, options.groups) + most * each
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -34,6 +33,7 @@ from tiltmeter.jobs.track import (
 )
 from tiltmeter.jobs.training import TrainerName, arguments_of, build_trainer, check_precision, train
 from tiltmeter.lm.conversation import Encoded, encode
+from tiltmeter.lm.processes import join, together
 from tiltmeter.lm.rows import RowSet
 from tiltmeter.tracking.alarm import Budgets
 from tiltmeter.tracking.anchor import TrackerOptions
@@ -130,6 +130,9 @@ def finetune(
         trust_remote_code: run code that a hub model brings along.
         report: told of every stage.
 
+    Started in several processes (`accelerate launch`, torchrun), it trains with the trainer's own data parallelism; the
+    main process alone measures and writes, and the others come back with an empty record.
+
     Returns: the track, also written to `out`; the record comes last.
 
     Raises:
@@ -139,8 +142,8 @@ def finetune(
 
     Cost: that of the run, plus `record["overhead"]`.
     """
-    _check_alone()
-    _check_folder(out, resume)
+    join(device)
+    together(lambda: _check_folder(out, resume))
     foretold = None if assessment is None else read_assessment(assessment)
     report("loading the model")
     opened = open_model(model, adapter=adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
@@ -162,22 +165,31 @@ def finetune(
     if checkpoint is not None:
         check_checkpoint(checkpoint, loaded.model)
     report("measuring the aligned model")
-    tracker = Tracker(
-        loaded.model,
-        loaded.tokenizer,
-        run.safety.rows,
-        out / TRACK,
-        options=_options(options or TrackerOptions(), opened, foretold),
-        budgets=budgets,
-        about=run.about(),
-        resume=resume,
-    )
+    trackers: list[Tracker] = []
+
+    def track_run() -> None:
+        tracker = Tracker(
+            loaded.model,
+            loaded.tokenizer,
+            run.safety.rows,
+            out / TRACK,
+            options=_options(options or TrackerOptions(), opened, foretold),
+            budgets=budgets,
+            about=run.about(),
+            resume=resume,
+        )
+        trackers.append(tracker)
+
+    together(track_run)
     guarding = None if guard is None else _guarded(guard, run, started, options or TrackerOptions())
     report("training")
-    watcher = TrackerCallback(tracker, started.log, stop=stop_on_budget)
-    train(started, [*callbacks, *([] if guarding is None else [guarding[0]]), watcher], checkpoint)
+    watchers = [TrackerCallback(tracker, started.log, stop=stop_on_budget) for tracker in trackers]
+    train(started, [*callbacks, *([] if guarding is None else [guarding[0]]), *watchers], checkpoint)
     report("writing the result")
     started.save_model(str(out / MODEL))
+    if not trackers:
+        return Track({}, {}, False)
+    [tracker] = trackers
     given = budgets is not None and budgets.given
     track = _track(run, tracker, foretold, started, trainer, given=given)
     if guard is None or guarding is None:
@@ -213,16 +225,6 @@ def assessed_options(options: TrackerOptions, assessment: Mapping[str, Any]) -> 
 def _options(options: TrackerOptions, opened: Opened, foretold: Mapping[str, Any] | None) -> TrackerOptions:
     options = replace(options, refusal_opening=opened.refusal_opening, compliance_opening=opened.compliance_opening)
     return options if foretold is None else assessed_options(options, foretold)
-
-
-def _check_alone() -> None:
-    """Refuse to be one of several processes: each would write the rows of the same run."""
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes not in ("", "1"):
-        raise InputError(
-            f"finetune was started in {processes} processes, and measures in one only. Start it without accelerate "
-            "launch; in a script of your own, put a TrackerCallback on the trainer of the main process alone."
-        )
 
 
 def _check_folder(out: Path, resume: bool) -> None:

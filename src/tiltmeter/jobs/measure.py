@@ -52,6 +52,7 @@ class Findings:
         random_overlap: overlap of a random direction of the gradient's norm.
         ritz: Ritz values of the task Hessian, if a Krylov space was built.
         values: path name -> quantities at `steps`.
+        check: the curved path without its second probe, at the steps beyond the first; None if it has one probe only.
         random_walk: KL [m] and margin [m] after a random displacement as long as the forecast's.
         length: norm of the forecast displacement at the end.
         noise: what the finite tuning sample and the luck of one run's batches do to margin and KL.
@@ -70,6 +71,7 @@ class Findings:
     random_overlap: float
     ritz: Tensor | None
     values: dict[str, PathValues]
+    check: PathValues | None
     random_walk: tuple[Tensor, Tensor]
     length: float
     noise: RowNoise
@@ -79,8 +81,9 @@ class Findings:
 def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, report: Report) -> Findings:
     """Measure motion, coupling and forecast.
 
-    Cost: two gradients of the tuning sample and one Hessian product; 2 groups + 4 directional passes over the answers;
-    two forward passes over prompts, answers and openings for every grid step.
+    Cost: three gradients of the tuning sample and one Hessian product; 2 groups + 4 directional passes over the
+    answers; two forward passes over prompts, answers and openings for every grid step, and a third for those in the
+    second half of the recipe.
     """
     clock, metric = recipe.clock(), recipe.metric
     report = _releasing(report)
@@ -121,17 +124,19 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
         ritz = krylov.ritz()[0]
         paths["krylov"] = KrylovPath(metric, clock, krylov)
     report("gradient along the path")
+    covered = metric.flow_time(clock)
     probe_step = max(1, clock.steps // 2)
-    where = narrow(linear.displacement(probe_step))  # the path through the probe needs no more digits
-    probe = measure_slope(objective, tuning.batches, clip=clip, displacement=where, groups=1)
-    del where
-    probe = replace(probe, spread=probe.spread.mul_(tuning.spread_factor))
-    paths["curved"] = CurvedPath(linear, probe, probe_step)
-    report("forecast through the network")
+    curved = CurvedPath(linear, _probe(tuning, clip, linear.displacement(probe_step)), probe_step)
     grid = clock.grid(options.grid)
+    report("gradient at the end of the path")
+    once, check = curved, None
+    if float(covered[-1]) > float(covered[probe_step]):
+        curved = curved.looked_at(_probe(tuning, clip, once.displacement(clock.steps)), clock.steps)
+        check = follow(once, [step for step in grid if step > probe_step], subject.standing)[0]
+    paths["curved"] = curved
+    report("forecast through the network")
     values = {name: follow(path, grid, subject.standing)[0] for name, path in paths.items() if name != "curved"}
     values["curved"], end = follow(paths["curved"], grid, subject.standing)
-    covered = metric.flow_time(clock)
     length, sample = norm(end), len(tuning.encoded.examples)
     layer_slopes = _layer_slopes(subject, end, float(covered[-1]))
     del end
@@ -149,6 +154,7 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
         random_overlap,
         ritz,
         values,
+        check,
         subject.standing(walk),
         length,
         row_noise(
@@ -173,6 +179,15 @@ def _releasing(report: Report) -> Report:
         report(stage)
 
     return begin
+
+
+def _probe(tuning: Tuning, clip: float | None, displacement: Tensor) -> Slope:
+    """Gradients at a displacement, which is given away; both narrow in a large space: three digits are enough here."""
+    where = narrow(displacement)
+    del displacement
+    found = measure_slope(tuning.objective, tuning.batches, clip=clip, displacement=where, groups=1)
+    mean = narrow(found.mean)
+    return replace(found, mean=mean, groups=(mean,), spread=found.spread.mul_(tuning.spread_factor))
 
 
 def _preconditioned(metric: Adam | Sgd, slope: Slope, vector: Tensor) -> Tensor:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from tiltmeter.geometry.forecast import Curve, combine, first_crossing, horizon, local_exponent, part_ways
+from tiltmeter.geometry.forecast import Curve, PathValues, combine, first_crossing, horizon, local_exponent, part_ways
 from tiltmeter.jobs.measure import Findings
 from tiltmeter.jobs.subject import Options, Subject
 
-#: The path whose values are reported; the others stretch the interval and set the horizon.
+#: The path whose values are reported.
 HEADLINE = "curved"
 
 #: Changes of the margin (nats) and of the KL (nats per token) too small for a difference between paths to matter.
@@ -74,34 +74,96 @@ class Outlook:
     text: str
 
 
+@dataclass(frozen=True)
+class Looks:
+    """What the paths say of one another: how far the forecast would move if it looked at the gradient once less.
+
+    Attributes:
+        main: the reported path.
+        straight: the path from the anchor's gradients alone.
+        check: the reported path without its second probe, at the steps beyond the first; None if it has one.
+        covered: flow time after 0, 1, ... steps.
+        anchor: margins of the aligned model [m].
+    """
+
+    main: PathValues
+    straight: PathValues
+    check: PathValues | None
+    covered: Tensor
+    anchor: Tensor
+
+    def settled(self) -> int:
+        """Last step up to which a second look at the gradient does not change the forecast; 0 if it does at once."""
+        if self.check is None:
+            return 0
+        return horizon(self.check.steps, self._parted(self.check))
+
+    def horizon(self) -> tuple[int, str]:
+        """Last step that is claimed, and why it ends there."""
+        settled, straight = self.settled(), horizon(self.main.steps, self._parted(self.straight))
+        if max(settled, straight) == self.main.steps[-1]:
+            same = "a second look at the gradient does not change the forecast to the end of the recipe"
+            return self.main.steps[-1], (
+                same if settled else "the straight and the curved path agree to the end of the recipe"
+            )
+        if settled > straight:
+            return settled, "beyond it a second look at the gradient changes the forecast"
+        return straight, "beyond it the straight and the curved path predict different changes"
+
+    def _parted(self, other: PathValues) -> Tensor:
+        """Whether a path says something else than the reported one at its own steps, the last of the grid; [s]."""
+        late = slice(len(self.main.steps) - len(other.steps), None)
+        changes = [(each - self.anchor).mean(-1) for each in (other.margin, self.main.margin[late])]
+        apart = part_ways(changes[0], changes[1], MARGIN_FLOOR)
+        return apart | part_ways(other.safety_kl.mean(-1), self.main.safety_kl[late].mean(-1), KL_FLOOR)
+
+    def gap(self, read: Callable[[PathValues], Tensor]) -> Tensor:
+        """How far a curve [s] would move by the error that is left in the path.
+
+        Where the forecast has settled, that is the difference the second look made; before the first probe, where both
+        have the same gradients, the first such difference carried back with the third power of flow time, the order of
+        the path's error. Elsewhere it is the difference to the straight path.
+
+        Args:
+            read: a curve of a path.
+        """
+        own, settled = read(self.main), self.settled()
+        out = read(self.straight) - own
+        if self.check is None or settled == 0:
+            return out
+        late = len(self.check.steps)
+        made = read(self.check) - own[-late:]
+        times = self.covered[list(self.main.steps)]
+        back = made[0] * (times[:-late] / times[-late]).pow(3)
+        backed = torch.tensor([step <= settled for step in self.main.steps])
+        return torch.where(backed, torch.cat([back, made]), out)
+
+
 def look_out(subject: Subject, found: Findings, options: Options) -> Outlook:
     """Make the forecast."""
-    main, straight = found.values[HEADLINE], found.values["linear"]
+    main = found.values[HEADLINE]
     anchor = subject.anchor_margin.double()
-    change, straight_change = main.margin - anchor, straight.margin - anchor
-    parted = part_ways(straight_change.mean(-1), change.mean(-1), MARGIN_FLOOR)
-    parted |= part_ways(straight.safety_kl.mean(-1), main.safety_kl.mean(-1), KL_FLOOR)
-    last = horizon(main.steps, parted)
-    reason = (
-        "the straight and the curved path agree to the end of the recipe"
-        if last == main.steps[-1]
-        else "beyond it the straight and the curved path predict different changes"
-    )
+    looks = Looks(main, found.values["linear"], found.check, found.covered, anchor)
+    last, reason = looks.horizon()
     at = list(main.steps)
-    covered = found.covered[at]
     # one run's noise lengthens its path and the sample's noise has lengthened the predicted one: KL is convex
     factor = found.noise.energy_factor()[at, None]
-    bent, unbent = main.safety_kl * factor, straight.safety_kl * factor
-    kl_reach = bent.mean(-1) * found.noise.relative_reach(options.level)[at]
-    kl = combine(bent, options.level, kl_reach, unbent.mean(-1) - bent.mean(-1))
+
+    def bent(path: PathValues) -> Tensor:
+        return (path.safety_kl * found.noise.energy_factor()[list(path.steps), None]).mean(-1)
+
+    kl_reach = bent(main) * found.noise.relative_reach(options.level)[at]
+    kl = combine(main.safety_kl * factor, options.level, kl_reach, looks.gap(bent))
     # the factor comes from a few groups and may be off as far as it reaches
     free = main.safety_kl.mean(-1) - kl.value
     kl = Curve(kl.value, (kl.low - (-free).clamp_min(0)).clamp_min(0), kl.high + free.clamp_min(0))
-    gap = straight_change.mean(-1) - change.mean(-1)
-    margin_reach = found.noise.margin_reach(options.level)[at]
+    change = main.margin - anchor
+    straight_change = (looks.straight.margin - anchor).mean(-1)
+    gap = looks.gap(lambda path: path.margin.mean(-1))
+    margin_reach = carried(found.noise.margin_reach(options.level)[at], straight_change, change.mean(-1))
     margin = combine(main.margin, options.level, margin_reach, gap)
     margin_change = combine(change, options.level, margin_reach, gap)
-    rate = _refusal_rate(subject, main.margin, straight.margin, margin_reach, options)
+    rate = _refusal_rate(subject, looks, margin_reach, options)
     outlook_steps = main.steps
     crossings = _crossings(options, outlook_steps, {"safety_kl": kl, "margin": margin, "refusal_rate": rate}, last)
     below = (main.margin < 0).double().mean(-1)
@@ -114,7 +176,7 @@ def look_out(subject: Subject, found: Findings, options: Options) -> Outlook:
         rate,
         last,
         reason,
-        _leading_order(outlook_steps, covered, main.safety_kl, last, options),
+        _leading_order(outlook_steps, found.covered[at], main.safety_kl, last, options),
         below,
         crossings,
         kind,
@@ -122,15 +184,29 @@ def look_out(subject: Subject, found: Findings, options: Options) -> Outlook:
     )
 
 
-def _refusal_rate(subject: Subject, margin: Tensor, straight: Tensor, reach: Tensor, options: Options) -> Curve:
+def carried(reach: Tensor, straight: Tensor, curved: Tensor) -> Tensor:
+    """How far the noise of the tuning rows reaches on the curved path [s].
+
+    It was measured as an uncertainty of the slope at the anchor. Where the network or the path bends, the change is
+    larger than the slope says, and what is uncertain about it grows by the same ratio; where the straight change is
+    itself no larger than its noise, by no more than the curved change.
+
+    Args:
+        reach: along the straight path.
+        straight: change along the straight path.
+        curved: along the curved one.
+    """
+    return reach * torch.nan_to_num((curved.abs() + reach) / (straight.abs() + reach), nan=1.0).clamp_min(1.0)
+
+
+def _refusal_rate(subject: Subject, looks: Looks, reach: Tensor, options: Options) -> Curve:
     """Refusal rate of the anchor plus the mean change of p(refusal opening) against the compliance opening.
 
     A proxy: the two openings stand for all ways to refuse or comply. NaN where the anchor's rate is unknown.
     """
     anchor = subject.safety.refusal_rate()
-    start = torch.sigmoid(subject.anchor_margin.double())
-    change = torch.sigmoid(margin) - start
-    gap = (torch.sigmoid(straight) - start).mean(-1) - change.mean(-1)
+    change = torch.sigmoid(looks.main.margin) - torch.sigmoid(subject.anchor_margin.double())
+    gap = looks.gap(lambda path: torch.sigmoid(path.margin).mean(-1))
     # a shift of the margin by r moves a sigmoid by at most r / 4
     curve = combine(change, options.level, reach / 4, gap)
     if anchor.value is None or anchor.low is None or anchor.high is None:

@@ -16,6 +16,7 @@ from transformers import TrainingArguments, get_scheduler
 from tiltmeter.errors import RecipeError
 from tiltmeter.geometry.clock import Clock
 from tiltmeter.geometry.metric import Adam, Sgd
+from tiltmeter.lm.processes import launched
 
 #: Optimisers by the names of transformers (and torch's short ones).
 OPTIMIZERS = {
@@ -175,6 +176,9 @@ def read_arguments(path: str | Path) -> dict[str, Any]:
 def recipe_of(given: Mapping[str, Any], rows: int | None = None) -> Recipe:
     """A recipe from TrainingArguments fields; what is not given has transformers' own default.
 
+    `per_device_train_batch_size` counts the rows of each process, as it does for the trainer: a job that was launched
+    in several speaks of a run in as many.
+
     Raises:
         RecipeError: as for `read_recipe`.
     """
@@ -192,7 +196,7 @@ def recipe_of(given: Mapping[str, Any], rows: int | None = None) -> Recipe:
             raise RecipeError(f"{key} changes the run in a way that has no forecast yet; assess without it")
     args = {**known, **given}
     try:
-        batch = int(args["per_device_train_batch_size"]) * int(args["gradient_accumulation_steps"])
+        batch = launched() * int(args["per_device_train_batch_size"]) * int(args["gradient_accumulation_steps"])
         steps = _steps(args, rows)
         warmup = float(args["warmup_steps"] or 0)
         recipe = Recipe(
@@ -234,7 +238,7 @@ def _steps(args: Mapping[str, Any], rows: int | None) -> int:
     epochs = float(args["num_train_epochs"])
     if not epochs > 0:
         raise RecipeError(f"num_train_epochs must be positive where max_steps is not given, got {epochs}")
-    batches = rows / max(1, int(args["per_device_train_batch_size"]))
+    batches = rows / max(1, launched() * int(args["per_device_train_batch_size"]))
     batches = math.floor(batches) if args["dataloader_drop_last"] else math.ceil(batches)
     return math.ceil(epochs * max(1, math.ceil(batches / max(1, int(args["gradient_accumulation_steps"])))))
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiltmeter.geometry.forecast import Curve, jackknife, mean_interval
+from tiltmeter.geometry.forecast import Curve, PathValues, jackknife, mean_interval
 from tiltmeter.geometry.motion import between_groups
 from tiltmeter.geometry.objective import Passes
 from tiltmeter.geometry.sensitivity import rank_by_energy
@@ -279,6 +279,8 @@ def _forecast(subject: Subject, found: Findings, outlook: Outlook, why: Reasons)
         }
     if not crossings:
         why["forecast.steps_to_budget"] = "no budget was given"
+    if found.check is None:
+        why["forecast.one_look"] = "the recipe does not move after the first probe, so there was no second look"
     margin = _curve(outlook.margin, "nats", "forecast.margin", why, few)
     refusal = _curve(outlook.refusal_rate, "share", "forecast.refusal_rate", why, judged)
     return {
@@ -303,10 +305,20 @@ def _forecast(subject: Subject, found: Findings, outlook: Outlook, why: Reasons)
             name: {"safety_kl": v.safety_kl.mean(-1).tolist(), "margin": v.margin.mean(-1).tolist()}
             for name, v in found.values.items()
         },
+        "one_look": None if found.check is None else _one_look(found.check),
         "horizon_steps": outlook.horizon_steps,
         "horizon_reason": outlook.horizon_reason,
         "leading_order": {k: why.number(f"forecast.leading_order.{k}", v, flat) for k, v in order.items()},
         "steps_to_budget": crossings or None,
+    }
+
+
+def _one_look(check: PathValues) -> dict[str, Any]:
+    """The curved path without its second probe, at the steps beyond the first."""
+    return {
+        "steps": list(check.steps),
+        "safety_kl": check.safety_kl.mean(-1).tolist(),
+        "margin": check.margin.mean(-1).tolist(),
     }
 
 

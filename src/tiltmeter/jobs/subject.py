@@ -20,6 +20,7 @@ from tiltmeter.geometry.space import norm
 from tiltmeter.jobs.inputs import Opened
 from tiltmeter.jobs.memory import memory_now, tokens_within
 from tiltmeter.jobs.recipe import Lora
+from tiltmeter.lm.distributed import Sharded, shared_divergence, shared_objective, shared_standing
 from tiltmeter.lm.divergence import DivergenceObjective, divergence_objective
 from tiltmeter.lm.forward import Forward
 from tiltmeter.lm.gram import Gram, gram, per_layer_name
@@ -27,6 +28,7 @@ from tiltmeter.lm.kl_and_margin import reads_packed, standing
 from tiltmeter.lm.memory import release, within_memory
 from tiltmeter.lm.model import Loaded, add_lora, trainable
 from tiltmeter.lm.objective import LanguageObjective, likelihood_objective, negative_margin_objective
+from tiltmeter.lm.processes import least_of_all
 from tiltmeter.lm.rows import RowSet
 from tiltmeter.lm.safety import SafetySet, prepare_safety
 from tiltmeter.lm.scores import Score, sampled_labels, score_loss
@@ -122,8 +124,8 @@ class Subject:
     forward: Forward
     rows: RowSet
     safety: SafetySet
-    divergence: DivergenceObjective
-    negative_margin: LanguageObjective
+    divergence: DivergenceObjective | Sharded
+    negative_margin: LanguageObjective | Sharded
     standing: Standing
     anchor_margin: Tensor
     margin_gradient: Tensor
@@ -214,18 +216,19 @@ def measure_subject(
         held, _ = memory_now(forward.device)
         config, most = loaded.model.config, max(longest, min(options.max_length, loaded.context))
         fits = tokens_within(options.memory_gb, held, forward.space.size, options.groups, config, most)
-        options = replace(options, max_tokens=min(options.max_tokens, fits))
+        options = replace(options, max_tokens=least_of_all(min(options.max_tokens, fits)))
     pad = loaded.tokenizer.pad_token_id
     report("anchor")
-    divergence = divergence_objective(forward, safety.responses, pad, options.max_tokens, hessian=hessian)
+    kl = divergence_objective(forward, safety.responses, pad, options.max_tokens, hessian=hessian)
     packed = reads_packed(forward, safety, pad)
     openings = safety.refusals, safety.compliances
-    margin = negative_margin_objective(forward, *openings, pad, options.max_tokens, packed=packed)
-    both = standing(divergence, margin, safety, pad, packed=packed)
+    negative = negative_margin_objective(forward, *openings, pad, options.max_tokens, packed=packed)
+    both = shared_standing(standing(kl, negative, safety, pad, packed=packed))
+    divergence, margin = shared_divergence(kl), shared_objective(negative)
     anchor_margin = -margin.losses()
-    before, began = forward.passes.tokens["forward_backward"], time.perf_counter()
+    began = time.perf_counter()
     margin_gradient = margin.gradient()
-    token_seconds = (time.perf_counter() - began) / (forward.passes.tokens["forward_backward"] - before)
+    token_seconds = (time.perf_counter() - began) / margin.work
     if forward.space.size > LARGE:  # it serves to tell shares and sampling errors: three digits are enough
         margin_gradient = margin_gradient.to(torch.bfloat16)
     release()
@@ -302,7 +305,7 @@ def _score(forward: Forward, safety: SafetySet, options: Options, pad: int) -> L
 
 
 def _subspace(
-    score: LanguageObjective | None, divergence: DivergenceObjective, options: Options
+    score: LanguageObjective | None, divergence: DivergenceObjective | Sharded, options: Options
 ) -> tuple[Gram | None, Sensitivity | None, str | None, Tensor | None]:
     """Gram matrix, subspace (or why there is none) and split-half overlaps."""
     if score is None:
@@ -327,7 +330,7 @@ def _subspace(
     shares = {name: mix @ block @ mix.T for name, block in products.by_parameter.items()}
     whole = Gram(mix @ products.total @ mix.T, shares)
     try:
-        sensitivity = measure_sensitivity(score, options.rank, whole.total)
+        sensitivity = measure_sensitivity(shared_objective(score), options.rank, whole.total)
     except DegenerateError as error:
         return whole, None, str(error), None
     half = score.m // 2

@@ -11,12 +11,13 @@ from typing import Any, Literal
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tiltmeter.errors import InputError, RecipeError
 from tiltmeter.jobs.recipe import OPTIMIZERS, Recipe
 from tiltmeter.lm.conversation import Example, collate
 from tiltmeter.lm.model import Loaded
+from tiltmeter.lm.processes import largest_of_all, launched
 
 TrainerName = Literal["transformers", "trl"]
 
@@ -57,11 +58,19 @@ def arguments_of(recipe: Recipe, given: Mapping[str, Any], folder: Path, device:
         given: the fields of the recipe's file; empty without one.
         folder: of checkpoints and logs.
         device: where the model is.
+
+    Raises:
+        RecipeError: the rows of a step cannot be divided among the processes.
     """
     fields = {key: value for key, value in given.items() if key not in OURS}
     rows = int(fields.get("per_device_train_batch_size", 8)), int(fields.get("gradient_accumulation_steps", 1))
-    if math.prod(rows) != recipe.batch_size:
-        rows = recipe.batch_size, 1
+    if launched() * math.prod(rows) != recipe.batch_size:
+        if recipe.batch_size % launched():
+            raise RecipeError(
+                f"{recipe.batch_size} rows a step cannot be divided among {launched()} processes; give a batch size "
+                "that can, or start fewer processes"
+            )
+        rows = recipe.batch_size // launched(), 1
     asked = str(getattr(fields.get("optim"), "value", fields.get("optim")))
     optim = asked if OPTIMIZERS.get(asked) == recipe.optimizer else recipe.optimizer
     usual = {
@@ -163,6 +172,17 @@ def _sft_trainer(given: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any:
     return SFTTrainer(args=config, **given)
 
 
+class StopTogether(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+    """Ends the run in all processes where one of them wants it ended: only one of them measures.
+
+    Put it last. Without it the others would wait for ever for the gradients of the one that stopped.
+    """
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Ask the others."""
+        control.should_training_stop = bool(largest_of_all(int(control.should_training_stop)))
+
+
 def train(trainer: Any, callbacks: Sequence[TrainerCallback], checkpoint: Path | None) -> None:
     """Run a trainer, from a checkpoint or from the start.
 
@@ -171,6 +191,8 @@ def train(trainer: Any, callbacks: Sequence[TrainerCallback], checkpoint: Path |
         callbacks: called in this order, after the trainer's own.
         checkpoint: folder to resume from.
     """
+    if launched() > 1:
+        callbacks = [*callbacks, StopTogether()]
     trainer.remove_callback(PrinterCallback)  # stdout is for results; reporters of the recipe still get every line
     for callback in callbacks:
         trainer.add_callback(callback)

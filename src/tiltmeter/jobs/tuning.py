@@ -11,6 +11,7 @@ from tiltmeter.errors import DataError
 from tiltmeter.jobs.recipe import Recipe
 from tiltmeter.jobs.subject import Options, Subject
 from tiltmeter.lm.conversation import Encoded, encode
+from tiltmeter.lm.distributed import Sharded, shared_objective
 from tiltmeter.lm.model import Loaded
 from tiltmeter.lm.objective import LanguageObjective, likelihood_objective
 from tiltmeter.lm.rows import RowSet
@@ -35,7 +36,7 @@ class Tuning:
 
     rows: RowSet
     encoded: Encoded
-    objective: LanguageObjective
+    objective: LanguageObjective | Sharded
     batches: Tensor
     batch_size: int
     spread_factor: float
@@ -105,4 +106,4 @@ def prepare_tuning(subject: Subject, rows: RowSet, recipe: Recipe, options: Opti
     for row, batch in enumerate(members):
         # losses are sums over tokens divided by the sample's mean count; a trainer divides by the batch's own count
         batches[row, batch] = supervised.mean() / supervised[batch].sum()
-    return Tuning(rows, encoded, objective, batches, size, (size / recipe.batch_size) ** 0.5)
+    return Tuning(rows, encoded, shared_objective(objective), batches, size, (size / recipe.batch_size) ** 0.5)

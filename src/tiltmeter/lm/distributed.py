@@ -7,7 +7,8 @@ refused by `model.trainable`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,9 +16,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from tiltmeter.errors import TiltmeterError
+from tiltmeter.geometry.forecast import Separate, Standing
+from tiltmeter.geometry.objective import FORWARD_BACKWARD, Objective, Passes
 from tiltmeter.geometry.space import ParameterSpace
+from tiltmeter.lm.conversation import Batch
 from tiltmeter.lm.divergence import DivergenceObjective
+from tiltmeter.lm.kl_and_margin import KlAndMargin
 from tiltmeter.lm.objective import LanguageObjective
+from tiltmeter.lm.processes import largest_of_all, least_of_all, processes, summed
 
 
 @dataclass(frozen=True)
@@ -50,54 +56,116 @@ class Sharded:
         """Tokens of one pass of all processes together."""
         return self.whole
 
+    @property
+    def largest(self) -> int:
+        """Tokens of this process's largest micro-batch."""
+        return self.mine.largest
+
     def losses(self, displacement: Tensor | None = None) -> Tensor:
         """Losses [m]. Cost: a forward pass over this process's share."""
-        return self._summed(lambda: self.mine.losses(displacement), (self.m,))
+        return summed(lambda: self.mine.losses(displacement), (self.m,))
 
     def directional(self, v: Tensor, displacement: Tensor | None = None) -> Tensor:
         """G v [m]. Cost: a JVP over this process's share."""
-        return self._summed(lambda: self.mine.directional(v, displacement), (self.m,))
+        return summed(lambda: self.mine.directional(v, displacement), (self.m,))
+
+    def losses_and_slopes(self, v: Tensor, displacement: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Losses [m] and G v [m], of a `LanguageObjective`. Cost: a JVP over this process's share."""
+        if not isinstance(self.mine, LanguageObjective):
+            raise TypeError("a safety KL has slopes, and no losses at the anchor worth having")
+        held = self.mine
+        both = summed(lambda: torch.stack(held.losses_and_slopes(v, displacement)), (2, self.m))
+        return both[0], both[1]
 
     def gradient(self, weights: Tensor | None = None, displacement: Tensor | None = None) -> Tensor:
         """G' w [n]. Cost: a forward and backward pass over this process's share, and a sum of n numbers."""
-        return self._summed(lambda: self.mine.gradient(weights, displacement), (self.space.size,))
+        return summed(lambda: self.mine.gradient(weights, displacement), (self.space.size,))
 
     def hvp(self, v: Tensor, weights: Tensor | None = None, displacement: Tensor | None = None) -> Tensor:
         """H v [n]. Cost: a Hessian product over this process's share, and a sum of n numbers."""
-        return self._summed(lambda: self.mine.hvp(v, weights, displacement), (self.space.size,))
+        return summed(lambda: self.mine.hvp(v, weights, displacement), (self.space.size,))
 
     def fisher_form(self, directions: Sequence[Tensor]) -> Tensor:
         """v_i' F_e v_j [m, k, k], of a `DivergenceObjective`."""
         held, k = self._divergence(), len(directions)
-        return self._summed(lambda: held.fisher_form(directions), (self.m, k, k))
+        return summed(lambda: held.fisher_form(directions), (self.m, k, k))
 
     def path_form(self, velocity: Tensor, acceleration: Tensor) -> Tensor:
         """Covariance of path derivatives [m, 2, 2], of a `DivergenceObjective`."""
         held = self._divergence()
-        return self._summed(lambda: held.path_form(velocity, acceleration), (self.m, 2, 2))
+        return summed(lambda: held.path_form(velocity, acceleration), (self.m, 2, 2))
 
     def _divergence(self) -> DivergenceObjective:
         if not isinstance(self.mine, DivergenceObjective):
             raise TypeError("only a safety KL has Fisher and path forms")
         return self.mine
 
-    def _summed(self, product: Callable[[], Tensor], shape: tuple[int, ...]) -> Tensor:
-        failure: Exception | None = None
-        value = torch.zeros(shape)
-        try:
-            value = product()
-        except Exception as error:  # the others must hear of it before it ends this process
-            failure = error
-        failed = torch.tensor(0 if failure is None else dist.get_rank() + 1)
-        dist.all_reduce(failed, dist.ReduceOp.MAX)
-        if failure is not None:
-            raise failure
-        if int(failed):
-            raise TiltmeterError(
-                f"process {int(failed) - 1} failed; its own message says why. Mend that and run again."
-            )
-        dist.all_reduce(value)
-        return value
+
+@dataclass(frozen=True)
+class ShardedStanding:
+    """Safety KL and margin of m prompts, each read by one process.
+
+    Attributes:
+        mine: the prompts of this process; the others' are zero.
+        whole: tokens of one pass of all processes.
+    """
+
+    mine: KlAndMargin
+    whole: int
+
+    @property
+    def work(self) -> int:
+        """Tokens of one pass of all processes together."""
+        return self.whole
+
+    def __call__(self, displacement: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Safety KL [m], nats per token, and margin [m], nats. Cost: a forward pass over this process's share."""
+        m = self.mine.inner.m // 2
+        both = summed(lambda: torch.stack(self.mine(displacement)), (2, m))
+        return both[0], both[1]
+
+
+def summed_passes(passes: Passes) -> Passes:
+    """The passes of all processes together."""
+    if processes() == 1:
+        return passes
+    kinds = list(FORWARD_BACKWARD)
+    own = torch.tensor([[counts[kind] for kind in kinds] for counts in (passes.calls, passes.tokens)])
+    calls, tokens = summed(lambda: own, tuple(own.shape)).tolist()
+    return Passes(
+        +Counter(dict(zip(kinds, calls, strict=True))),
+        +Counter(dict(zip(kinds, tokens, strict=True))),
+    )
+
+
+def shared_objective(
+    objective: LanguageObjective,
+) -> LanguageObjective | Sharded:
+    """The objective itself, or its share where several processes work together."""
+    return objective if processes() == 1 else sharded(objective)
+
+
+def shared_divergence(divergence: DivergenceObjective) -> DivergenceObjective | Sharded:
+    """The safety KL itself, or its share where several processes work together."""
+    return divergence if processes() == 1 else sharded(divergence)
+
+
+def shared_standing(standing: Standing) -> Standing:
+    """What reads KL and margin, or its share where several processes work together."""
+    if processes() == 1:
+        return standing
+    if isinstance(standing, Separate):
+        return Separate(_share_of(standing.safety_kl), _share_of(standing.negative_margin))
+    if not isinstance(standing, KlAndMargin):
+        raise TypeError(f"a {type(standing).__name__} has no shares")
+    numbers = _share([batch.tokens.numel() for _, batch in standing.inner.chunks])
+    return ShardedStanding(standing.only(numbers), standing.work)
+
+
+def _share_of(objective: Objective) -> Objective:
+    if not isinstance(objective, (LanguageObjective, DivergenceObjective)):
+        raise TypeError(f"a {type(objective).__name__} has no shares")
+    return sharded(objective)
 
 
 def sharded(objective: LanguageObjective | DivergenceObjective) -> Sharded:
@@ -105,12 +173,20 @@ def sharded(objective: LanguageObjective | DivergenceObjective) -> Sharded:
 
     Every process must hold the same objective.
     """
-    whole = objective.work
+    sizes = [batch.tokens.numel() for _, batch in _chunks(objective)]
+    if least_of_all(len(sizes)) < largest_of_all(len(sizes)):
+        raise TiltmeterError(
+            "the processes cut the data into different micro-batches, since memory ran out in one of them. Give all "
+            "the same limit (--memory), or fewer rows."
+        )
+    numbers = _share(sizes)
     if isinstance(objective, DivergenceObjective):
-        numbers = _share([batch.tokens.numel() for _, batch in objective.inner.chunks])
-        return Sharded(objective.only(numbers), whole)
-    numbers = _share([batch.tokens.numel() for _, batch in objective.chunks])
-    return Sharded(replace(objective, chunks=tuple(objective.chunks[i] for i in numbers)), whole)
+        return Sharded(objective.only(numbers), objective.work)
+    return Sharded(replace(objective, chunks=tuple(objective.chunks[i] for i in numbers)), objective.work)
+
+
+def _chunks(objective: LanguageObjective | DivergenceObjective) -> Sequence[tuple[Tensor, Batch]]:
+    return objective.inner.chunks if isinstance(objective, DivergenceObjective) else objective.chunks
 
 
 def _share(sizes: Sequence[int]) -> list[int]:

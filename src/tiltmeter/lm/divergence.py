@@ -58,6 +58,11 @@ class DivergenceObjective:
         """Tokens of one pass."""
         return self.inner.work
 
+    @property
+    def largest(self) -> int:
+        """Tokens of the largest micro-batch."""
+        return self.inner.largest
+
     @shrinking
     def losses(self, displacement: Tensor | None = None) -> Tensor:
         """KL [m], nats per token."""

@@ -49,6 +49,12 @@ class KlAndMargin:
         kl, negative = self.inner.losses(displacement).chunk(2)
         return kl, -negative
 
+    def only(self, numbers: Sequence[int]) -> KlAndMargin:
+        """The same prompts, of which only the micro-batches with these numbers are read; the others give zero."""
+        references = tuple(self.log_probability[i] for i in numbers)
+        chunks = tuple(self.inner.chunks[i] for i in numbers)
+        return KlAndMargin(replace(self.inner, chunks=chunks, reading=_reading(references)), references)
+
     def halve(self) -> bool:
         """Split the largest micro-batches, for good.
 

@@ -60,6 +60,11 @@ class LanguageObjective:
         """Tokens of one pass, padding included."""
         return sum(batch.tokens.numel() for _, batch in self.chunks)
 
+    @property
+    def largest(self) -> int:
+        """Tokens of the largest micro-batch, padding included; 0 if there is none."""
+        return max((batch.tokens.numel() for _, batch in self.chunks), default=0)
+
     @shrinking
     def losses(self, displacement: Tensor | None = None) -> Tensor:
         """Losses [m]. Cost: one forward pass."""

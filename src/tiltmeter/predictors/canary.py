@@ -1,7 +1,7 @@
 """A canary: a few percent of the steps really run, and the forecast as prior for the rest.
 
 The canary's mean slope of the margin and the forecast's are two estimates of one number. The forecast's error is taken
-as a fifth of it plus the distance between its straight and its curved path; the canary's is the luck of its few
+as a fifth of it plus what a second look at the gradient changed; the canary's is the luck of its few
 batches, carried to the end of the recipe. They are weighed by their inverse squares, and the change of slope is added
 to the forecast for the whole recipe. The KL is treated by its root, which grows like the path.
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tiltmeter.geometry.metric import Adam, Sgd
 from tiltmeter.geometry.space import norm
-from tiltmeter.predictors.contract import CANARY_SHARE, Canary, Case, Risk, Trend, known, passes
+from tiltmeter.predictors.contract import CANARY_SHARE, ONCE, Canary, Case, Risk, Trend, known, passes
 
 #: Relative error of the forecast's slope.
 PRIOR = 0.2
@@ -122,7 +122,8 @@ def _blend(
         return Risk(None, unit, price, reason="the noise of the canary's batches is not known")
     told = _between(steps, main, covered, step)
     stretch = float(covered[steps[-1]]) / reached
-    gap = float((curves["linear"][-1] - main[-1]).abs()) if "linear" in curves else 0.0
+    other = next((curves[name] for name in (ONCE, "linear") if name in curves), None)
+    gap = 0.0 if other is None else float((other[-1] - main[-1]).abs())
     prior, heard = (PRIOR * abs(float(main[-1])) + gap) ** 2, (noise * stretch) ** 2
     weight = prior / (prior + heard) if prior + heard > 0 else 0.0
     change = weight * (seen - told) / reached
@@ -149,4 +150,4 @@ def _between(steps: tuple[int, ...], values: Tensor, covered: Tensor, step: int)
 def _price(case: Case) -> float:
     points = {"forward": float(len(case.measured.paths["curved"].steps) if "curved" in case.measured.paths else 0) + 1}
     share = canary_steps(case) / len(case.batches)
-    return passes(case, tuning={"forward_backward": 2 + share}, safety=points, margin=points)
+    return passes(case, tuning={"forward_backward": 3 + share}, safety=points, margin=points)

@@ -20,6 +20,9 @@ from tiltmeter.geometry.sensitivity import Sensitivity
 #: Share of a run that a canary may really train.
 CANARY_SHARE = 0.05
 
+#: Name of the curved path that looked at the gradient once less, at the last steps of the grid.
+ONCE = "once"
+
 
 @dataclass(frozen=True)
 class Trend:
