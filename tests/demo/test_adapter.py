@@ -87,6 +87,23 @@ def test_near_copies_are_left_out():
     assert adapter_rows.without_near_copies(near + far + far, held) == far
 
 
+def test_near_copies_are_those_of_every_pair_compared():
+    """Over sentences of a few words, so that many overlaps are near and exactly at the limit."""
+    chance = random.Random(3)
+    words = ("one", "two", "three", "four", "five", "six", "seven")
+    texts = [" ".join(chance.choices(words, k=chance.randint(1, 9))) for _ in range(400)]
+    held, asked = texts[:60], texts[60:]
+    for overlap in (0.3, 0.5, 0.6, 2 / 3, 0.75, 1.0):
+        sets = [set(text.split()) for text in held]
+        expected = [
+            text
+            for text in dict.fromkeys(asked)
+            if all(len(set(text.split()) & s) < overlap * len(set(text.split()) | s) for s in sets)
+        ]
+        assert adapter_rows.without_near_copies(asked, held, overlap) == expected
+    assert 0 < len(adapter_rows.without_near_copies(asked, held, 0.75)) < len(set(asked))
+
+
 def test_nothing_that_is_measured_is_trained_on():
     held = {re.sub(r"\W", "", p).lower() for p in adapter_rows.held_out_prompts()}
     trained = adapter_rows.harmful_prompts(11, 320) + [row["prompt"] for row in adapter_rows.harmless_rows(11)]

@@ -90,9 +90,9 @@ def assess(
     """
     options = options or Options()
     check_options(options)
-    join(device)
     recipe.clock()  # a schedule that nobody knows is better told before the model is loaded
     rows, tuning_rows = open_rows(safety), open_rows(tuning)
+    join(device)
     report("loading the model")
     opened = open_model(model, adapter=adapter, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     opened = replace(

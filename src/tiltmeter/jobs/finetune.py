@@ -37,7 +37,7 @@ from tiltmeter.lm.processes import join, together
 from tiltmeter.lm.rows import RowSet
 from tiltmeter.tracking.alarm import Budgets
 from tiltmeter.tracking.anchor import TrackerOptions
-from tiltmeter.tracking.callback import TrackerCallback
+from tiltmeter.tracking.callback import Listener, TrackerCallback
 from tiltmeter.tracking.tracker import ROWS, Tracker
 
 TRACK, MODEL = "track", "model"
@@ -183,7 +183,8 @@ def finetune(
     together(track_run)
     guarding = None if guard is None else _guarded(guard, run, started, options or TrackerOptions())
     report("training")
-    watchers = [TrackerCallback(tracker, started.log, stop=stop_on_budget) for tracker in trackers]
+    watchers: list[Listener] = [TrackerCallback(tracker, started.log, stop=stop_on_budget) for tracker in trackers]
+    watchers = watchers or [Listener()]
     train(started, [*callbacks, *([] if guarding is None else [guarding[0]]), *watchers], checkpoint)
     report("writing the result")
     started.save_model(str(out / MODEL))

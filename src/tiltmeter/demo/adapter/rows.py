@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 import random
 import re
 from collections.abc import Iterable
@@ -26,10 +27,19 @@ def words(text: str) -> frozenset[str]:
 def without_near_copies(prompts: Iterable[str], held_out: Iterable[str], overlap: float = 0.6) -> list[str]:
     """Prompts whose words overlap (Jaccard) with no held-out prompt by `overlap` or more; in order, without copies."""
     held = [words(p) for p in held_out]
+    having: dict[str, set[int]] = {}
+    for number, other in enumerate(held):
+        for word in other:
+            having.setdefault(word, set()).add(number)
     kept = []
     for prompt in dict.fromkeys(prompts):
         mine = words(prompt)
-        if mine and all(len(mine & other) < overlap * len(mine | other) for other in held):
+        # who overlaps by so much shares so many of my words that, whichever are left out, one of the rest is shared:
+        # only prompts that have one of my rarest words need a look
+        rarest = sorted(mine, key=lambda word: len(having.get(word, ())))
+        enough = rarest[: len(mine) - math.ceil(overlap * len(mine) - 1e-9) + 1]
+        near = set().union(*(having.get(word, set()) for word in enough))
+        if mine and all(len(mine & held[i]) < overlap * len(mine | held[i]) for i in near):
             kept.append(prompt)
     return kept
 

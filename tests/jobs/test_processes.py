@@ -1,0 +1,204 @@
+"""Two processes under `accelerate launch` (gloo) assess and fine-tune as one does, and fail together."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import TrainerCallback
+
+from tiltmeter import store
+from tiltmeter.errors import RecipeError
+from tiltmeter.jobs.assess import assess
+from tiltmeter.jobs.finetune import finetune
+from tiltmeter.jobs.guarding import GuardOptions
+from tiltmeter.jobs.recipe import Lora, Recipe, recipe_of
+from tiltmeter.jobs.subject import Options
+from tiltmeter.jobs.training import arguments_of
+from tiltmeter.tracking.alarm import Budgets
+from tiltmeter.tracking.anchor import TrackerOptions
+
+NAMES = ("demo:tiny", "demo:tiny-safety", "demo:tiny-copy")
+RECIPE = Recipe(learning_rate=2e-3, steps=8, batch_size=4, max_length=64, lora=Lora(4, 8.0, ("q_proj", "v_proj")))
+OPTIONS = Options(max_safety=6, max_tuning=12, rank=2, grid=3, groups=3, max_tokens=100)
+TRACKER = TrackerOptions(max_safety=6, rank=2, every=4)
+GUARD = GuardOptions("budget", budget_kl=1e-6)
+
+
+def free_port() -> str:
+    """A port nobody listens at."""
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        return str(held.getsockname()[1])
+
+
+WORKER = """
+import sys
+import torch
+torch.set_num_threads(1)
+sys.path.insert(0, {here!r})
+import test_processes
+getattr(test_processes, {name!r})({folder!r})
+"""
+
+
+def record_of(folder: Path) -> dict[str, Any]:
+    """One assessment and one guarded run, as records."""
+    told = assess(*NAMES, RECIPE, OPTIONS, device="cpu").record
+    run = finetune(*NAMES, RECIPE, folder / "run", options=TRACKER, guard=GUARD, device="cpu").record
+    return {"told": told, "run": run}
+
+
+def work(folder: str) -> None:
+    """What each of the two does."""
+    made = record_of(Path(folder))
+    stopped = finetune(
+        *NAMES,
+        replace(RECIPE, steps=100),
+        Path(folder) / "stopped",
+        options=TRACKER,
+        budgets=Budgets(kl=1e-9),
+        stop_on_budget=True,
+        device="cpu",
+    ).record
+    rank = dist.get_rank()
+    assert (made["run"] == {}) == (stopped == {}) == (rank > 0)
+    (Path(folder) / f"{rank}.json").write_text(json.dumps({**made, "stopped": stopped}))
+    dist.destroy_process_group()
+
+
+class Ray(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+    """Fails in the second process alone."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 3 and dist.get_rank() == 1:
+            raise ValueError("a cosmic ray")
+
+
+def fail(folder: str) -> None:
+    """One of the two fails while the other trains."""
+    finetune(*NAMES, RECIPE, Path(folder) / "run", options=TRACKER, callbacks=[Ray()], device="cpu")
+
+
+def launch(command: list[str], timeout: int = 400) -> subprocess.CompletedProcess[str]:
+    # without GPUs this is torchrun with gloo; accelerate's --cpu would start a single process
+    settings = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    start = [sys.executable, "-m", "accelerate.commands.launch", *settings, "--dynamo_backend", "no"]
+    room = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+    return subprocess.run([*start, *command], capture_output=True, text=True, timeout=timeout, env=room, check=False)
+
+
+def script(folder: Path, name: str) -> str:
+    path = folder / f"{name}.py"
+    path.write_text(WORKER.format(here=str(Path(__file__).parent), name=name, folder=str(folder)))
+    return str(path)
+
+
+def compare(one: Any, other: Any, path: str = "") -> None:
+    """Every number to 1e-5 of itself but what it cost; words and counts exactly."""
+    if path in ("told.created", "told.cost", "run.created", "run.overhead"):
+        return
+    if isinstance(one, dict):
+        assert one.keys() == other.keys(), path
+        for key, value in one.items():
+            compare(value, other[key], f"{path}.{key}".lstrip("."))
+    elif isinstance(one, list):
+        assert len(one) == len(other), path
+        for place, (a, b) in enumerate(zip(one, other, strict=True)):
+            compare(a, b, f"{path}.{place}")
+    elif isinstance(one, float):
+        # a change of the margin is a difference of numbers a hundred times as large, and so is its error; the exponent
+        # is fitted to small differences, and the path is drawn from them
+        close = {".margin": 1e-5, ".path": 1e-5, ".exponent": 1e-4}
+        allowed = max((limit for part, limit in close.items() if part in path), default=1e-9)
+        assert one == pytest.approx(other, rel=1e-5, abs=allowed), path
+    else:
+        assert one == other, path
+
+
+def test_two_processes_assess_and_train_as_one(tmp_path: Path) -> None:
+    done = launch([script(tmp_path, "work")])
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    compare({"told": first["told"]}, {"told": second["told"]})
+    alone = json.loads(json.dumps(record_of(tmp_path / "alone")))
+    compare({key: first[key] for key in alone}, alone)
+    one, two = (held["told"]["cost"]["micro_batch_passes"] for held in (alone, first))
+    for kind in ("jvp", "forward_backward", "hvp"):  # divided, not done twice
+        assert one[kind] == two[kind] > 3
+    assert alone["run"]["guard"]["log"]
+    assert store.read_record(tmp_path / "run")[0]["curves"] == first["run"]["curves"]
+    run = first["stopped"]["run"]
+    assert run["stopped_early"]
+    assert run["steps"] < 10
+
+
+def test_a_process_that_fails_ends_both(tmp_path: Path) -> None:
+    """Without a launcher, which would end the other at once: the broken connection does."""
+    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    rooms = [{**os.environ, **meet, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+    command = [sys.executable, script(tmp_path, "fail")]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=room) for room in rooms]
+    told = [process.communicate(timeout=300)[1] for process in both]
+    assert [process.returncode != 0 for process in both] == [True, True]
+    assert "a cosmic ray" in told[1]
+    assert not (tmp_path / "run" / store.RECORD).exists()
+    assert (tmp_path / "run" / "checkpoint-2").is_dir()  # what a run can go on from
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_rows_of_a_step_are_divided_among_processes(
+    processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    given = {"per_device_train_batch_size": 3, "gradient_accumulation_steps": 2, "num_train_epochs": 2}
+    recipe = recipe_of(given, 48)
+    assert recipe.batch_size == 6 * processes
+    assert recipe.steps == 16 / processes
+    for asked, (each, accumulated) in {6 * processes: (3, 2), 8: (8 // processes, 1)}.items():
+        fields = arguments_of(replace(recipe, batch_size=asked), given, tmp_path, torch.device("cpu"))
+        assert (fields["per_device_train_batch_size"], fields["gradient_accumulation_steps"]) == (each, accumulated)
+    if processes > 1:
+        with pytest.raises(RecipeError, match=f"7 rows a step cannot be divided among {processes} processes"):
+            arguments_of(replace(recipe, batch_size=7), given, tmp_path, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(("rank", "command", "code"), [(0, "rank", 2), (1, "rank", 2), (1, "theory", 2)])
+def test_other_commands_work_in_one_process(rank: int, command: str, code: int) -> None:
+    room = {**os.environ, "WORLD_SIZE": "2", "RANK": str(rank)}
+    arguments = ["m", "--safety", "s", "--tuning", "t", "--lr", "1", "--steps", "1"] if command == "rank" else []
+    done = subprocess.run(
+        [sys.executable, "-m", "tiltmeter", command, *arguments], capture_output=True, text=True, env=room, check=False
+    )
+    assert done.returncode == code
+    assert done.stdout == ""
+    if rank:  # the first speaks for all
+        assert done.stderr == ""
+    else:
+        assert done.stderr.startswith("InputError: rank was started in 2 processes and works in one")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_bad_input_is_told_once(rank: int, tmp_path: Path) -> None:
+    """And before the processes have met, so that none waits for another."""
+    given = ["demo:tiny", "--safety", str(tmp_path / "nothing.jsonl"), "--tuning", "demo:tiny-copy", "-o", "out"]
+    done = subprocess.run(
+        [sys.executable, "-m", "tiltmeter", "assess", *given, "--lr", "1e-3", "--steps", "4"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "WORLD_SIZE": "2", "RANK": str(rank)},
+        cwd=tmp_path,
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.count("nothing.jsonl does not exist") == done.stderr.count("DataError: ") == 1 - rank
+    assert not (tmp_path / "out").exists()
