@@ -492,13 +492,14 @@ def validate(
     plan: Annotated[Path, typer.Argument(help="YAML plan: model, prompts, sets, seeds, recipes.")],
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the validation; finished cells in it are kept.")],
     limit: Annotated[int | None, typer.Option(help="Run at most so many cells now.")] = None,
+    runs: Annotated[Path | None, typer.Option(help="Folder of earlier runs of the plan; only foretell again.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary on stdout and nothing else.")] = False,
 ) -> None:
     """Put the forecasts on trial: assess, fine-tune for real, compare, over many sets; goes on where it was stopped."""
     from tiltmeter import commands_validate as commands
 
     with progress_bar() as ticker, results_only():
-        result = commands.validate(plan, out, limit, ticker)
+        result = commands.validate(plan, out, limit, runs, ticker)
     if as_json:
         print(json.dumps(result.record, indent=2, ensure_ascii=False, allow_nan=False))
     else:

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from torch.testing import assert_close
 
 from tiltmeter import store
 from tiltmeter.errors import InputError
+from tiltmeter.jobs import validate as validate_module
 from tiltmeter.jobs.assess import assess_subject
 from tiltmeter.jobs.inputs import open_model
 from tiltmeter.jobs.subject import measure_subject, with_lora
@@ -195,6 +199,29 @@ def test_a_killed_validation_goes_on_to_the_same_results(plan: Plan, done: Path,
     for name in ("lora-tiny-copy-s0", "lora-tiny-known-s0"):
         one, other = (store.read_record(folder / "cells" / name)[1] for folder in (done, out))
         assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+def test_runs_are_kept_and_only_foretold_again(
+    plan: Plan, done: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was measured stays to the last digit; a run that is not there is run."""
+    runs, out, trained = tmp_path / "runs", tmp_path / "out", []
+    shutil.copytree(done / "cells", runs / "cells")
+    shutil.rmtree(runs / "cells" / "lora-tiny-known-s0")
+    real = validate_module.run_trial
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        trained.append(args[1].name)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(validate_module, "run_trial", counted)
+    validate(plan, out, limit=2, runs=runs)
+    assert trained == ["tiny-known"]
+    one, other = (store.read_record(folder / "cells" / "lora-tiny-copy-s0") for folder in (done, out))
+    assert other[0]["measured"] == one[0]["measured"]
+    assert other[0]["created"] > one[0]["created"]
+    assert all(torch.equal(one[1][key], other[1][key]) for key in one[1])
+    assert other[0]["reasons"] == one[0]["reasons"]
 
 
 def test_sets_are_mixed_shortened_and_answered(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from tiltmeter.jobs.validation_plan import Cell, Plan
 from tiltmeter.jobs.validation_record import summary_of
 from tiltmeter.jobs.validation_scores import crossing
 from tiltmeter.lm.conversation import prompts_of
+from tiltmeter.lm.measurement import Measurement
 from tiltmeter.lm.model import undisturbed
 from tiltmeter.lm.rows import RowSet
 from tiltmeter.lm.safety import spread
@@ -70,6 +71,7 @@ def validate(
     out: Path,
     *,
     limit: int | None = None,
+    runs: Path | None = None,
     report: Report = silent,
     finished: Callable[[dict[str, Any]], None] | None = None,
 ) -> Validation:
@@ -79,6 +81,8 @@ def validate(
         plan: what to run.
         out: folder; cells of the same plan in it are kept, so an interrupted validation goes on where it was.
         limit: most cells to run now.
+        runs: folder of an earlier validation of this plan, whose runs are taken as they were measured; only forecasts
+            are made again. Runs that are not there are run.
         report: told of every stage.
         finished: given the summary after every cell, for a page.
 
@@ -116,7 +120,8 @@ def validate(
         assessment, arrays = _assessment(plan, out, cell, side, rows[cell.set.name], tell)
         tell("fine-tuning")
         with store.new_folder(out / CELLS / cell.name) as folder:
-            trial = run_trial(
+            kept = None if runs is None else _kept_trial(runs, plan, cell, assessment["forecast"]["steps"])
+            trial = kept or run_trial(
                 plan.model,
                 rows[cell.set.name],
                 cell.recipe,
@@ -152,6 +157,25 @@ def _done(out: Path, plan: Plan, cell: Cell) -> bool:
             "give another output folder, or delete that cell"
         )
     return True
+
+
+def _kept_trial(runs: Path, plan: Plan, cell: Cell, steps: Sequence[int]) -> Trial | None:
+    """The run of a cell of an earlier validation, if it asked the same and was measured at these steps."""
+    folder = runs / CELLS / cell.name
+    if plan.guarding is not None or not _done(runs, plan, cell):
+        return None
+    record, arrays = store.read_record(folder)
+    seen = {}
+    for name in ("assessed", "held_out"):
+        held = record["measured"][name]
+        if not {*steps} <= {*held["steps"]}:
+            return None
+        told = {key: held["refusal_rate"][key] for key in ("value", "low", "high", "n", "unscored", "unit")}
+        reason = record["reasons"].get(f"measured.{name}.refusal_rate.value")
+        margin, kl = (arrays[f"{name}.{key}"] for key in ("margin", "kl"))
+        seen[name] = Seen(tuple(held["steps"]), margin, kl, Measurement(**told, reason=reason))
+    measured, cost = record["measured"], record["cost"]
+    return Trial(seen, measured["length"], cost["trial_seconds"], record["model"]["digest"])
 
 
 def _read_cell(out: Path, cell: Cell) -> dict[str, Any]:
