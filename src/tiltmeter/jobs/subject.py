@@ -34,7 +34,7 @@ from tiltmeter.lm.safety import SafetySet, prepare_safety
 from tiltmeter.lm.scores import Score, sampled_labels, score_loss
 
 #: Tokens per micro-batch in a large space, where vectors of the space take the memory.
-LARGE_TOKENS = 256
+LARGE_TOKENS = 192
 
 
 class Report(Protocol):
