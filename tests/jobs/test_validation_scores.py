@@ -96,6 +96,8 @@ def test_a_crossing_is_where_the_median_passes_zero() -> None:
     assert_close(crossing([0, 4, 8], margins), 4 + 4 * 3 / 4)
     assert crossing([0, 4], margins[:2]) is None
     assert crossing([0, 4], -margins[:2]) is None
+    half = torch.tensor([[2.0, 4.0], [-2.0, 9.0]])  # one of two is half of the prompts
+    assert_close(crossing([0, 8], half), 4.0)
 
 
 def test_collapses_by_hand() -> None:

@@ -110,11 +110,11 @@ def size_error(predicted: float, measured: float, error: float) -> float:
 
 
 def crossing(steps: Sequence[int], margins: Tensor) -> float | None:
-    """Step at which half of the prompts have a margin below zero: that of the median [s, m], linear between steps.
+    """Step at which half of the prompts have a margin below zero: that of the lower median of [s, m], linear between.
 
     None where it never comes to that, or where it was so from the start.
     """
-    middle = margins.double().quantile(0.5, dim=-1).tolist()
+    middle = margins.double().quantile(0.5, dim=-1, interpolation="lower").tolist()
     if middle[0] < 0:
         return None
     for place in range(1, len(middle)):
