@@ -33,6 +33,7 @@ def made(
     rate: Measurement | None = None,
     stretch: float = 1.0,
     once: float | None = None,
+    climb: float = -0.5,
     **budgets: Any,
 ) -> Outlook:
     """Margins that change by `slope` per step (by `other` on the straight path) and a KL = flow time^power.
@@ -54,7 +55,7 @@ def made(
     )
     found = SimpleNamespace(
         values={"curved": path(slope), "linear": path(slope if other is None else other)},
-        check=None if once is None else path(once, slice(-2, None)),
+        check=None if once is None else path(once, slice(-2, None)), climb=climb,
         covered=COVERED, noise=noise,
     )  # fmt: skip
     safety = SimpleNamespace(refusal_rate=lambda: rate or share(6, 6))
@@ -100,6 +101,9 @@ def test_a_second_look_that_changes_nothing_carries_the_horizon_to_the_end() -> 
     assert "second look at the gradient does not change" in outlook.horizon_reason
     half = made(-0.5, other=-0.5, once=-2.0)
     assert half.horizon_steps == 8  # the straight path agrees to the end, whatever the check says
+    risen = made(-0.5, other=-0.1, once=-0.55, climb=0.4)
+    assert risen.horizon_steps == 0  # two looks that agree where the run will never come
+    assert made(-0.5, other=-0.1, once=-0.55, climb=0.3).horizon_steps == 8  # just past the floor of the valley
     parted = made(-0.5, other=-0.1, once=-2.0)
     assert parted.horizon_steps == 0
     assert "straight and the curved" in parted.horizon_reason
@@ -114,7 +118,7 @@ def test_a_second_look_that_changes_the_end_claims_the_steps_before() -> None:
     kl = TIMES[:, None].square().expand(-1, PROMPTS)
     straight = PathValues(STEPS, kl, start + 0.1 * change)
     once = PathValues((4, 8), kl[2:], start[2:] + change[2:] * torch.tensor([[1.05], [1.6]], dtype=torch.float64))
-    looks = Looks(PathValues(STEPS, kl, start + change), straight, once, COVERED, start[0])
+    looks = Looks(PathValues(STEPS, kl, start + change), straight, once, COVERED, start[0], -1.0)
     assert looks.settled() == 4
     assert looks.horizon() == (4, "beyond it a second look at the gradient changes the forecast")
     gap = looks.gap(lambda path: path.margin.mean(-1))

@@ -53,6 +53,8 @@ class Findings:
         ritz: Ritz values of the task Hessian, if a Krylov space was built.
         values: path name -> quantities at `steps`.
         check: the curved path without its second probe, at the steps beyond the first; None if it has one probe only.
+        climb: slope of the tuning loss along the path at its probes, the largest, over its fall at the anchor: -1 on a
+            straight slope, 0 at the floor of a valley, above where the loss rises again.
         random_walk: KL [m] and margin [m] after a random displacement as long as the forecast's.
         length: norm of the forecast displacement at the end.
         noise: what the finite tuning sample and the luck of one run's batches do to margin and KL.
@@ -72,6 +74,7 @@ class Findings:
     ritz: Tensor | None
     values: dict[str, PathValues]
     check: PathValues | None
+    climb: float
     random_walk: tuple[Tensor, Tensor]
     length: float
     noise: RowNoise
@@ -126,12 +129,16 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
     report("gradient along the path")
     covered = metric.flow_time(clock)
     probe_step = max(1, clock.steps // 2)
-    curved = CurvedPath(linear, _probe(tuning, clip, linear.displacement(probe_step)), probe_step)
+    probe, climb = _probe(tuning, clip, slope, linear.displacement(probe_step))
+    curved = CurvedPath(linear, probe, probe_step)
+    del probe
     grid = clock.grid(options.grid)
     report("gradient at the end of the path")
     once, check = curved, None
     if float(covered[-1]) > float(covered[probe_step]):
-        curved = curved.looked_at(_probe(tuning, clip, once.displacement(clock.steps)), clock.steps)
+        second, again = _probe(tuning, clip, slope, once.displacement(clock.steps))
+        curved, climb = curved.looked_at(second, clock.steps), max(climb, again)
+        del second
         check = follow(once, [step for step in grid if step > probe_step], subject.standing)[0]
     paths["curved"] = curved
     report("forecast through the network")
@@ -155,6 +162,7 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
         ritz,
         values,
         check,
+        climb,
         subject.standing(walk),
         length,
         row_noise(
@@ -181,13 +189,18 @@ def _releasing(report: Report) -> Report:
     return begin
 
 
-def _probe(tuning: Tuning, clip: float | None, displacement: Tensor) -> Slope:
-    """Gradients at a displacement, which is given away; both narrow in a large space: three digits are enough here."""
+def _probe(tuning: Tuning, clip: float | None, anchor: Slope, displacement: Tensor) -> tuple[Slope, float]:
+    """Gradients at a displacement, and the slope of the loss along it over its fall at the anchor.
+
+    Both vectors are narrow in a large space: three digits are enough here.
+    """
     where = narrow(displacement)
     del displacement
     found = measure_slope(tuning.objective, tuning.batches, clip=clip, displacement=where, groups=1)
+    fall = abs(dot(anchor.mean, where))
+    climb = dot(found.mean, where) / fall if fall else 0.0
     mean = narrow(found.mean)
-    return replace(found, mean=mean, groups=(mean,), spread=found.spread.mul_(tuning.spread_factor))
+    return replace(found, mean=mean, groups=(mean,), spread=found.spread.mul_(tuning.spread_factor)), climb
 
 
 def _preconditioned(metric: Adam | Sgd, slope: Slope, vector: Tensor) -> Tensor:

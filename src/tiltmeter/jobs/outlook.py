@@ -9,7 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tiltmeter.geometry.forecast import Curve, PathValues, combine, first_crossing, horizon, local_exponent, part_ways
+from tiltmeter.geometry.forecast import (
+    PART,
+    Curve,
+    PathValues,
+    combine,
+    first_crossing,
+    horizon,
+    local_exponent,
+    part_ways,
+)
 from tiltmeter.jobs.measure import Findings
 from tiltmeter.jobs.subject import Options, Subject
 
@@ -84,6 +93,7 @@ class Looks:
         check: the reported path without its second probe, at the steps beyond the first; None if it has one.
         covered: flow time after 0, 1, ... steps.
         anchor: margins of the aligned model [m].
+        climb: slope of the tuning loss along the path at its probes, over its fall at the anchor.
     """
 
     main: PathValues
@@ -91,10 +101,15 @@ class Looks:
     check: PathValues | None
     covered: Tensor
     anchor: Tensor
+    climb: float
 
     def settled(self) -> int:
-        """Last step up to which a second look at the gradient does not change the forecast; 0 if it does at once."""
-        if self.check is None:
+        """Last step up to which a second look at the gradient does not change the forecast; 0 if it does at once.
+
+        Where the tuning loss rises along the path, the optimiser would have turned before: the path has left the valley
+        that the run stays in, and that both looks agree out there means nothing.
+        """
+        if self.check is None or not self.climb <= PART:
             return 0
         return horizon(self.check.steps, self._parted(self.check))
 
@@ -143,7 +158,7 @@ def look_out(subject: Subject, found: Findings, options: Options) -> Outlook:
     """Make the forecast."""
     main = found.values[HEADLINE]
     anchor = subject.anchor_margin.double()
-    looks = Looks(main, found.values["linear"], found.check, found.covered, anchor)
+    looks = Looks(main, found.values["linear"], found.check, found.covered, anchor, found.climb)
     last, reason = looks.horizon()
     at = list(main.steps)
     # one run's noise lengthens its path and the sample's noise has lengthened the predicted one: KL is convex

@@ -305,6 +305,7 @@ def _forecast(subject: Subject, found: Findings, outlook: Outlook, why: Reasons)
             name: {"safety_kl": v.safety_kl.mean(-1).tolist(), "margin": v.margin.mean(-1).tolist()}
             for name, v in found.values.items()
         },
+        "climb": {"value": found.climb, "unit": "slope of the tuning loss along the path, over its fall at the anchor"},
         "one_look": None if found.check is None else _one_look(found.check),
         "horizon_steps": outlook.horizon_steps,
         "horizon_reason": outlook.horizon_reason,
