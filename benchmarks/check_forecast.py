@@ -1,15 +1,17 @@
 """Run the demo's recipes for real and put the measured curves beside the forecasts.
 
-Run: python benchmarks/check_forecast.py DEMO_FOLDER [REGIME-SET ...]
+Run: python benchmarks/check_forecast.py DEMO_FOLDER [--kept] [REGIME-SET ...]
 
 For every assessment in DEMO_FOLDER (as `tiltmeter demo` leaves it) the recipe is run with torch's own AdamW on the
 whole tuning set, shuffled with the recipe's seed, and margin and KL are measured on the same safety prompts at the
-forecast's steps. One JSON a run goes to benchmarks/results/check/.
+forecast's steps. One JSON a run goes to benchmarks/results/check/. With --kept the runs that are there are not run again:
+they are only laid beside the forecasts of DEMO_FOLDER, which must speak of the same steps and the same aligned model.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -64,20 +66,33 @@ def train(subject: Subject, record: dict[str, Any], regime: str) -> dict[str, li
     return measured
 
 
+def kept(name: str, forecast: dict[str, Any]) -> dict[str, list[float]]:
+    """The curves measured in an earlier run of this recipe."""
+    held = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    same = math.isclose(held["anchor_margin"], forecast["margin"]["anchor"], rel_tol=1e-5)
+    if held["steps"] != forecast["steps"] or not same:
+        sys.exit(f"{name}: the run that is there was measured on other prompts or steps; leave --kept out")
+    measured: dict[str, list[float]] = held["measured"]
+    return measured
+
+
 def main() -> None:
     """Check the named assessments, or all of them."""
-    folder = Path(sys.argv[1])
-    names = sys.argv[2:] or sorted(path.parent.name for path in folder.glob("*/record.json"))
+    again = "--kept" not in sys.argv
+    given = [word for word in sys.argv[1:] if word != "--kept"]
+    folder = Path(given[0])
+    names = given[1:] or sorted(path.parent.name for path in folder.glob("*/record.json"))
     for name in names:
         regime = name.partition("-")[0]
         record, _ = read_record(folder / name)
-        torch.manual_seed(record["seed"])
-        opened = with_lora(open_model(MODEL), RECIPES[regime].lora, record["seed"])
-        subject = measure_subject(
-            opened, open_rows(SAFETY), RECIPES[regime].lora, replace(OPTIONS, seed=record["seed"])
-        )
-        found = train(subject, record, regime)
         forecast = record["forecast"]
+        if again:
+            torch.manual_seed(record["seed"])
+            opened = with_lora(open_model(MODEL), RECIPES[regime].lora, record["seed"])
+            subject = measure_subject(
+                opened, open_rows(SAFETY), RECIPES[regime].lora, replace(OPTIONS, seed=record["seed"])
+            )
+        found = train(subject, record, regime) if again else kept(name, forecast)
         predicted = {key: {k: forecast[key][k] for k in ("value", "low", "high")} for key in ("margin", "safety_kl")}
         out = {
             **provenance("cpu"),
