@@ -4,8 +4,8 @@ Run: python benchmarks/check_forecast.py DEMO_FOLDER [--kept] [REGIME-SET ...]
 
 For every assessment in DEMO_FOLDER (as `tiltmeter demo` leaves it) the recipe is run with torch's own AdamW on the
 whole tuning set, shuffled with the recipe's seed, and margin and KL are measured on the same safety prompts at the
-forecast's steps. One JSON a run goes to benchmarks/results/check/. With --kept the runs that are there are not run again:
-they are only laid beside the forecasts of DEMO_FOLDER, which must speak of the same steps and the same aligned model.
+forecast's steps. One JSON a run goes to benchmarks/results/check/. With --kept the runs that are there are not run
+again: they are only laid beside the forecasts of DEMO_FOLDER, which must speak of the same steps and aligned model.
 """
 
 from __future__ import annotations
