@@ -32,13 +32,13 @@ def made(
     power: float = 2.0,
     rate: Measurement | None = None,
     stretch: float = 1.0,
-    once: float | None = None,
+    again: float | None = None,
     climb: float = -0.5,
     **budgets: Any,
 ) -> Outlook:
     """Margins that change by `slope` per step (by `other` on the straight path) and a KL = flow time^power.
 
-    With `once`, the last two steps lie beyond the first probe; the path without the second look has that slope there.
+    With `again`, the last two steps lie beyond the first probe; the path with the second look has that slope there.
     """
     wobble = scatter * torch.linspace(-1, 1, PROMPTS, dtype=torch.float64)
     start = anchor + torch.linspace(-0.5, 0.5, PROMPTS, dtype=torch.float64)
@@ -55,7 +55,7 @@ def made(
     )
     found = SimpleNamespace(
         values={"curved": path(slope), "linear": path(slope if other is None else other)},
-        check=None if once is None else path(once, slice(-2, None)), climb=climb,
+        check=None if again is None else path(again, slice(-2, None)), climb=climb,
         covered=COVERED, noise=noise,
     )  # fmt: skip
     safety = SimpleNamespace(refusal_rate=lambda: rate or share(6, 6))
@@ -96,15 +96,15 @@ def test_nothing_good_is_claimed_where_the_paths_part_on_the_way() -> None:
 
 def test_a_second_look_that_changes_nothing_carries_the_horizon_to_the_end() -> None:
     """The straight path may be far off: it is no judge of a path that has settled."""
-    outlook = made(-0.5, other=-0.1, once=-0.55)
+    outlook = made(-0.5, other=-0.1, again=-0.55)
     assert outlook.horizon_steps == 8
     assert "second look at the gradient does not change" in outlook.horizon_reason
-    half = made(-0.5, other=-0.5, once=-2.0)
+    half = made(-0.5, other=-0.5, again=-2.0)
     assert half.horizon_steps == 8  # the straight path agrees to the end, whatever the check says
-    risen = made(-0.5, other=-0.1, once=-0.55, climb=0.4)
+    risen = made(-0.5, other=-0.1, again=-0.55, climb=0.4)
     assert risen.horizon_steps == 0  # two looks that agree where the run will never come
-    assert made(-0.5, other=-0.1, once=-0.55, climb=0.3).horizon_steps == 8  # just past the floor of the valley
-    parted = made(-0.5, other=-0.1, once=-2.0)
+    assert made(-0.5, other=-0.1, again=-0.55, climb=0.3).horizon_steps == 8  # just past the floor of the valley
+    parted = made(-0.5, other=-0.1, again=-2.0)
     assert parted.horizon_steps == 0
     assert "straight and the curved" in parted.horizon_reason
 
@@ -117,8 +117,8 @@ def test_a_second_look_that_changes_the_end_claims_the_steps_before() -> None:
     change = torch.tensor([-0.5, -1.0, -2.0, -4.0], dtype=torch.float64)[:, None]
     kl = TIMES[:, None].square().expand(-1, PROMPTS)
     straight = PathValues(STEPS, kl, start + 0.1 * change)
-    once = PathValues((4, 8), kl[2:], start[2:] + change[2:] * torch.tensor([[1.05], [1.6]], dtype=torch.float64))
-    looks = Looks(PathValues(STEPS, kl, start + change), straight, once, COVERED, start[0], -1.0)
+    again = PathValues((4, 8), kl[2:], start[2:] + change[2:] * torch.tensor([[1.05], [1.6]], dtype=torch.float64))
+    looks = Looks(PathValues(STEPS, kl, start + change), straight, again, COVERED, start[0], -1.0)
     assert looks.settled() == 4
     assert looks.horizon() == (4, "beyond it a second look at the gradient changes the forecast")
     gap = looks.gap(lambda path: path.margin.mean(-1))

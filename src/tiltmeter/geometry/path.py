@@ -63,7 +63,7 @@ class CurvedPath:
 
     Mean and spread of the mini-batch gradient are interpolated in flow time between the anchor and a probe on the
     linear path, and the optimiser's bounded rule is integrated over them. A second probe at the end of the path that
-    this gives replaces what was extrapolated from the first; how far it moves the end shows whether the path has
+    this gives can replace what was extrapolated from the first; how far that moves the end shows whether the path has
     settled. The change of gradient is a secant of the true loss, so it stays finite where the Hessian at the anchor
     (and D H D g under Adam) explodes. Past the last probe, a gradient that the secant would carry through zero stays at
     zero: descent stops where the slope ends, and does not turn around.

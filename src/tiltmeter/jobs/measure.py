@@ -52,7 +52,7 @@ class Findings:
         random_overlap: overlap of a random direction of the gradient's norm.
         ritz: Ritz values of the task Hessian, if a Krylov space was built.
         values: path name -> quantities at `steps`.
-        check: the curved path without its second probe, at the steps beyond the first; None if it has one probe only.
+        check: the curved path with a second probe at its end, at the steps beyond the first; None if there is none.
         climb: slope of the tuning loss along the path at its probes, the largest, over its fall at the anchor: -1 on a
             straight slope, 0 at the floor of a valley, above where the loss rises again.
         random_walk: KL [m] and margin [m] after a random displacement as long as the forecast's.
@@ -134,12 +134,13 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
     del probe
     grid = clock.grid(options.grid)
     report("gradient at the end of the path")
-    once, check = curved, None
+    check = None
     if float(covered[-1]) > float(covered[probe_step]):
-        second, again = _probe(tuning, clip, slope, once.displacement(clock.steps))
-        curved, climb = curved.looked_at(second, clock.steps), max(climb, again)
+        second, again = _probe(tuning, clip, slope, curved.displacement(clock.steps))
+        checked, climb = curved.looked_at(second, clock.steps), max(climb, again)
         del second
-        check = follow(once, [step for step in grid if step > probe_step], subject.standing)[0]
+        check = follow(checked, [step for step in grid if step > probe_step], subject.standing)[0]
+        del checked
     paths["curved"] = curved
     report("forecast through the network")
     values = {name: follow(path, grid, subject.standing)[0] for name, path in paths.items() if name != "curved"}

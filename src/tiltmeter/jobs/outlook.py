@@ -85,12 +85,12 @@ class Outlook:
 
 @dataclass(frozen=True)
 class Looks:
-    """What the paths say of one another: how far the forecast would move if it looked at the gradient once less.
+    """What the paths say of one another: how far the forecast would move if it looked at the gradient once more.
 
     Attributes:
         main: the reported path.
         straight: the path from the anchor's gradients alone.
-        check: the reported path without its second probe, at the steps beyond the first; None if it has one.
+        check: the reported path with a second probe at its end, at the steps beyond the first; None if there is none.
         covered: flow time after 0, 1, ... steps.
         anchor: margins of the aligned model [m].
         climb: slope of the tuning loss along the path at its probes, over its fall at the anchor.

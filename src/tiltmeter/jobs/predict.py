@@ -21,7 +21,7 @@ from tiltmeter.lm.model import undisturbed
 from tiltmeter.lm.objective import likelihood_objective
 from tiltmeter.lm.template import UNSUPERVISED
 from tiltmeter.predictors.canary import run_canary
-from tiltmeter.predictors.contract import ONCE, Case, Measured, Risk, States, gradient_of
+from tiltmeter.predictors.contract import AGAIN, Case, Measured, Risk, States, gradient_of
 from tiltmeter.predictors.names import MEASURED, PREDICTORS
 
 
@@ -67,9 +67,9 @@ def measured_of(found: Findings) -> Measured:
     """What predictors may use of an assessment's findings."""
     noise = found.noise
     share = torch.where(noise.covered > 0, noise.drawn / noise.covered.square().clamp_min(1e-300), 0.0)
-    once = {} if found.check is None else {ONCE: found.check}
+    again = {} if found.check is None else {AGAIN: found.check}
     return Measured(
-        {**found.values, **once},
+        {**found.values, **again},
         found.overlap_groups,
         found.coupling,
         found.no_coupling,

@@ -280,7 +280,7 @@ def _forecast(subject: Subject, found: Findings, outlook: Outlook, why: Reasons)
     if not crossings:
         why["forecast.steps_to_budget"] = "no budget was given"
     if found.check is None:
-        why["forecast.one_look"] = "the recipe does not move after the first probe, so there was no second look"
+        why["forecast.second_look"] = "the recipe does not move after the first probe, so there was no second look"
     margin = _curve(outlook.margin, "nats", "forecast.margin", why, few)
     refusal = _curve(outlook.refusal_rate, "share", "forecast.refusal_rate", why, judged)
     return {
@@ -306,7 +306,7 @@ def _forecast(subject: Subject, found: Findings, outlook: Outlook, why: Reasons)
             for name, v in found.values.items()
         },
         "climb": {"value": found.climb, "unit": "slope of the tuning loss along the path, over its fall at the anchor"},
-        "one_look": None if found.check is None else _one_look(found.check),
+        "second_look": None if found.check is None else _second_look(found.check),
         "horizon_steps": outlook.horizon_steps,
         "horizon_reason": outlook.horizon_reason,
         "leading_order": {k: why.number(f"forecast.leading_order.{k}", v, flat) for k, v in order.items()},
@@ -314,8 +314,8 @@ def _forecast(subject: Subject, found: Findings, outlook: Outlook, why: Reasons)
     }
 
 
-def _one_look(check: PathValues) -> dict[str, Any]:
-    """The curved path without its second probe, at the steps beyond the first."""
+def _second_look(check: PathValues) -> dict[str, Any]:
+    """The curved path with a second probe at its end, at the steps beyond the first."""
     return {
         "steps": list(check.steps),
         "safety_kl": check.safety_kl.mean(-1).tolist(),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tiltmeter.geometry.metric import Adam, Sgd
 from tiltmeter.geometry.space import norm
-from tiltmeter.predictors.contract import CANARY_SHARE, ONCE, Canary, Case, Risk, Trend, known, passes
+from tiltmeter.predictors.contract import AGAIN, CANARY_SHARE, Canary, Case, Risk, Trend, known, passes
 
 #: Relative error of the forecast's slope.
 PRIOR = 0.2
@@ -122,7 +122,7 @@ def _blend(
         return Risk(None, unit, price, reason="the noise of the canary's batches is not known")
     told = _between(steps, main, covered, step)
     stretch = float(covered[steps[-1]]) / reached
-    other = next((curves[name] for name in (ONCE, "linear") if name in curves), None)
+    other = next((curves[name] for name in (AGAIN, "linear") if name in curves), None)
     gap = 0.0 if other is None else float((other[-1] - main[-1]).abs())
     prior, heard = (PRIOR * abs(float(main[-1])) + gap) ** 2, (noise * stretch) ** 2
     weight = prior / (prior + heard) if prior + heard > 0 else 0.0

@@ -20,8 +20,8 @@ from tiltmeter.geometry.sensitivity import Sensitivity
 #: Share of a run that a canary may really train.
 CANARY_SHARE = 0.05
 
-#: Name of the curved path that looked at the gradient once less, at the last steps of the grid.
-ONCE = "once"
+#: Name of the curved path that looked at the gradient once more, at the last steps of the grid.
+AGAIN = "again"
 
 
 @dataclass(frozen=True)

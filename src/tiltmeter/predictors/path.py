@@ -31,13 +31,13 @@ def kl_rise(case: Case, path: str, cost: dict[str, float]) -> Risk:
 
 
 def curved_margin(case: Case) -> Risk:
-    """Margin drop along the curved path. Cost: three gradients, one forward pass over the openings per grid step."""
-    return margin_drop(case, "curved", {"forward_backward": 3})
+    """Margin drop along the curved path. Cost: two gradients, one forward pass over the openings per grid step."""
+    return margin_drop(case, "curved", {"forward_backward": 2})
 
 
 def curved_kl(case: Case) -> Risk:
     """Safety KL along the curved path. Cost: as `curved_margin`."""
-    return kl_rise(case, "curved", {"forward_backward": 3})
+    return kl_rise(case, "curved", {"forward_backward": 2})
 
 
 def linear_margin(case: Case) -> Risk:
