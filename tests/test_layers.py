@@ -36,6 +36,7 @@ ALLOWED = {
     "commands_evaluate": {"commands", "report", "jobs", "lm", "store", "errors"},
     "commands_rank": {"commands", "report", "jobs", "store", "errors"},
     "commands_validate": {"commands", "report", "jobs", "errors"},
+    "__main__": {"cli"},
     "cli": {"commands", "commands_evaluate", "commands_finetune", "commands_rank", "commands_validate", "errors"},
 }
 
