@@ -87,6 +87,26 @@ def g_turned(subject: Subject, g: Tensor, turned: Tensor) -> Tensor:
     return (plus - minus) / (4 * size)
 
 
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e2])
+def test_climb_is_the_slope_of_the_loss_along_the_path(subject: Subject, scale: float) -> None:
+    """By differences of the loss at both probes; the rate is so small that no coordinate turns around on the way."""
+    rate, steps = 2e-3 / scale, 4
+    recipe = Recipe("sgd", learning_rate=rate, steps=steps, batch_size=1, schedule="constant", max_grad_norm=0.0)
+    tuning = scaled(prepare_tuning(subject, TWINS, recipe, OPTIONS), scale)
+    found = measure(subject, tuning, recipe, OPTIONS, silent)
+
+    def slope(direction: Tensor, at: float) -> float:
+        ahead, behind = (float(tuning.objective.losses(direction * (at + t)).mean()) for t in (1e-4, -1e-4))
+        return (ahead - behind) / 2e-4
+
+    half = tuning.objective.gradient() * (-rate * steps / 2)
+    # the gradient on a line through the anchor's and the first probe's has its mean at the middle, the first probe
+    end = tuning.objective.gradient(displacement=half) * (-rate * steps)
+    expected = max(slope(path, 1.0) / abs(slope(path, 0.0)) for path in (half, end))
+    assert -0.999 < expected < 0
+    assert_close(found.climb, expected, rtol=1e-3, atol=0)
+
+
 def test_one_gradient_step_of_a_tiny_rate_is_forecast_exactly(subject: Subject) -> None:
     recipe = Recipe("sgd", learning_rate=1e-6, steps=3, batch_size=4, schedule="constant", max_grad_norm=0.0)
     tuning = prepare_tuning(subject, SUMS, recipe, OPTIONS)
