@@ -33,7 +33,8 @@ OVER_BUDGET = 3
 PARALLEL = ("assess", "finetune")
 
 #: Processes that a launcher started, and which of them this is.
-PROCESSES, RANK = (int(os.environ.get(name) or least) for name, least in (("WORLD_SIZE", 1), ("RANK", 0)))
+PROCESSES = int(os.environ.get("WORLD_SIZE") or 1)
+RANK = int(os.environ.get("RANK") or 0) if PROCESSES > 1 else 0
 
 
 def main() -> None:

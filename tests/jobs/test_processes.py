@@ -187,6 +187,15 @@ def test_other_commands_work_in_one_process(rank: int, command: str, code: int) 
         assert done.stderr.startswith("InputError: rank was started in 2 processes and works in one")
 
 
+def test_a_rank_without_other_processes_silences_nobody() -> None:
+    """Job schedulers leave RANK behind in shells of their own."""
+    room = {**{key: value for key, value in os.environ.items() if key != "WORLD_SIZE"}, "RANK": "3"}
+    done = subprocess.run(
+        [sys.executable, "-m", "tiltmeter", "--version"], capture_output=True, text=True, env=room, check=True
+    )
+    assert done.stdout.startswith("tiltmeter ")
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_bad_input_is_told_once(rank: int, tmp_path: Path) -> None:
     """And before the processes have met, so that none waits for another."""
