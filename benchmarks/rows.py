@@ -25,8 +25,8 @@ from tiltmeter.jobs.inputs import open_model
 from tiltmeter.jobs.provenance import provenance
 from tiltmeter.jobs.subject import Options, Subject, measure_subject, with_lora
 from tiltmeter.jobs.tuning import prepare_tuning
-from tiltmeter.jobs.validate import CELLS
 from tiltmeter.jobs.validation_plan import Cell, read_plan
+from tiltmeter.jobs.validation_runner import CELLS
 from tiltmeter.lm.model import undisturbed
 from tiltmeter.store import read_record, write_text
 

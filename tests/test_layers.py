@@ -47,6 +47,7 @@ ONLY_IN = {
     "typer": "cli.py",
     "transformers.Trainer": "jobs/training.py",
     "trl": "jobs/training.py",
+    "ray": "jobs/validation_workers.py",
 }
 
 

@@ -42,6 +42,9 @@ def main() -> None:
 
     Of several processes the first speaks for all, unless something went wrong in another alone.
     """
+    # PyTorch reads this once, when it first takes memory: vectors of all parameters then come in large pages, and a
+    # tenth of the page faults is left
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if RANK else sys.stdout):
             err.quiet = RANK > 0
@@ -494,13 +497,14 @@ def validate(
     out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the validation; finished cells in it are kept.")],
     limit: Annotated[int | None, typer.Option(help="Run at most so many cells now.")] = None,
     runs: Annotated[Path | None, typer.Option(help="Folder of earlier runs of the plan; only foretell again.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Run cells in so many processes on Ray (extra ray).")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the summary on stdout and nothing else.")] = False,
 ) -> None:
     """Put the forecasts on trial: assess, fine-tune for real, compare, over many sets; goes on where it was stopped."""
     from tiltmeter import commands_validate as commands
 
     with progress_bar() as ticker, results_only():
-        result = commands.validate(plan, out, limit, runs, ticker)
+        result = commands.validate(plan, out, limit, runs, workers, ticker)
     if as_json:
         print(json.dumps(result.record, indent=2, ensure_ascii=False, allow_nan=False))
     else:

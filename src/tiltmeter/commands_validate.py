@@ -15,14 +15,18 @@ from tiltmeter.jobs.validation_plan import read_plan
 from tiltmeter.report.validation_page import write_validation_page
 
 
-def validate(plan: Path, out: Path, limit: int | None, runs: Path | None, ticker: Ticker) -> Validation:
+def validate(
+    plan: Path, out: Path, limit: int | None, runs: Path | None, workers: int | None, ticker: Ticker
+) -> Validation:
     """Run what is missing of a plan; summary and page are written after every cell."""
     transformers_logging.set_verbosity_error()
 
     def page(summary: Mapping[str, Any]) -> None:
         write_validation_page(summary, out / "index.html", f"Validation on {summary['model']}")
 
-    result = run_validate(read_plan(plan), out, limit=limit, runs=runs, report=ticker.report, finished=page)
+    result = run_validate(
+        read_plan(plan), out, limit=limit, runs=runs, workers=workers, report=ticker.report, finished=page
+    )
     page(result.record)
     return result
 

@@ -14,6 +14,7 @@
     │   ├── DegenerateError        the data do not determine what was asked for
     │   └── OutOfMemory            the job does not fit the memory it may use
     ├── NumericalError             exit code 2: a loss or product is not finite
+    ├── WorkerLost                 exit code 1: a process of a pool died
     └── DownloadError              exit code 1: the network or the registry failed half way
 
 A message says what was expected, what came, and what to do about it.
@@ -74,6 +75,10 @@ class NumericalError(TiltmeterError):
     """A loss, gradient or product is not finite."""
 
     exit_code = 2
+
+
+class WorkerLost(TiltmeterError):
+    """A process of a pool died; what was finished is kept, and the same command goes on from there."""
 
 
 class DownloadError(TiltmeterError):

@@ -18,7 +18,7 @@ from torch.testing import assert_close
 
 from tiltmeter import store
 from tiltmeter.errors import InputError
-from tiltmeter.jobs import validate as validate_module
+from tiltmeter.jobs import validation_runner
 from tiltmeter.jobs.assess import assess_subject
 from tiltmeter.jobs.inputs import open_model
 from tiltmeter.jobs.subject import measure_subject, with_lora
@@ -208,13 +208,13 @@ def test_runs_are_kept_and_only_foretold_again(
     runs, out, trained = tmp_path / "runs", tmp_path / "out", []
     shutil.copytree(done / "cells", runs / "cells")
     shutil.rmtree(runs / "cells" / "lora-tiny-known-s0")
-    real = validate_module.run_trial
+    real = validation_runner.run_trial
 
     def counted(*args: Any, **kwargs: Any) -> Any:
         trained.append(args[1].name)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(validate_module, "run_trial", counted)
+    monkeypatch.setattr(validation_runner, "run_trial", counted)
     validate(plan, out, limit=2, runs=runs)
     assert trained == ["tiny-known"]
     one, other = (store.read_record(folder / "cells" / "lora-tiny-copy-s0") for folder in (done, out))

@@ -104,11 +104,15 @@ class Adam:
 
     def preconditioner(self, mean: Tensor, spread: Tensor) -> Tensor:
         """Diagonal D [n] of the frozen metric: direction = D mean."""
-        return 1.0 / ((mean.square() + spread.square()).sqrt() + self.epsilon)
+        return self._size(mean, spread).reciprocal_()
 
     def direction(self, mean: Tensor, spread: Tensor) -> Tensor:
         """Bounded update, between -1 and 1."""
-        return mean / ((mean.square() + spread.square()).sqrt_().add_(self.epsilon))
+        return mean / self._size(mean, spread)
+
+    def _size(self, mean: Tensor, spread: Tensor) -> Tensor:
+        """Root mean square of the mini-batch gradient, and epsilon [n]; in place, for it is asked for very often."""
+        return mean.square().addcmul_(spread, spread).sqrt_().add_(self.epsilon)
 
     def flow_time(self, clock: Clock) -> Tensor:
         """The sum of learning rates: Adam's own momentum is bias-corrected, so a constant gradient sees no lag."""

@@ -19,7 +19,7 @@ from tiltmeter.geometry.metric import Metric, Sgd
 from tiltmeter.geometry.motion import Slope
 
 #: Values treated at a time.
-PIECE = 2**16
+PIECE = 2**17
 
 
 class Path(Protocol):
@@ -94,18 +94,26 @@ class CurvedPath:
         covered, probed = float(times[step]), float(times[self.probe_step])
         if not probed > 0:
             raise DegenerateError("the probe of the curved path stands at the anchor; choose a later probe step")
+        seen = [anchor, self.probe, *([] if self.second is None else [self.second])]
+        places = [0.0, probed, *([] if self.second is None else [float(times[self.second_step])])]
+        nodes = [(node + 0.5) / self.nodes * covered for node in range(self.nodes)]
+        firsts = [1 if len(seen) > 2 and time > probed else 0 for time in nodes]
+        shares = [
+            (time - places[first]) / (places[first + 1] - places[first])
+            for time, first in zip(nodes, firsts, strict=True)
+        ]
+        wide = torch.promote_types(anchor.mean.dtype, torch.float32)  # probes may be kept narrow
+        used = range(min(firsts), max(firsts) + 2)
         out = torch.zeros_like(anchor.mean)
         for part in pieces(out):
-            for node in range(self.nodes):
-                time = (node + 0.5) / self.nodes * covered
-                before, after, share = anchor, self.probe, time / probed
-                if self.second is not None and time > probed:
-                    before, after = self.probe, self.second
-                    share = (time - probed) / (float(times[self.second_step]) - probed)
-                mean, last = _between(before.mean, after.mean, part, share)
+            means = {i: seen[i].mean[part].to(wide) for i in used}
+            spreads = {i: seen[i].spread[part].to(wide) for i in used}
+            for first, share in zip(firsts, shares, strict=True):
+                mean = torch.lerp(means[first], means[first + 1], share)
+                spread = torch.lerp(spreads[first], spreads[first + 1], share)
                 if share > 1:
-                    mean[mean * last < 0] = 0.0
-                spread = _between(before.spread, after.spread, part, share)[0].clamp_min_(0)
+                    mean.masked_fill_(mean * means[first + 1] < 0, 0.0)
+                    spread.clamp_min_(0)
                 out[part].add_(metric.direction(mean, spread), alpha=-covered / self.nodes)
         return _decay(out, metric, covered, self.linear.decayed)
 
@@ -168,13 +176,6 @@ class TaylorPath:
 def pieces(vector: Tensor) -> list[slice]:
     """Slices of a vector [n] that fit a cache; an elementwise rule then holds no temporary of length n."""
     return [slice(start, start + PIECE) for start in range(0, vector.numel(), PIECE)]
-
-
-def _between(before: Tensor, after: Tensor, part: slice, share: float) -> tuple[Tensor, Tensor]:
-    """A piece of the line between two vectors and of its end, in the wider dtype: probes may be kept narrow."""
-    wide = torch.promote_types(before.dtype, torch.float32)
-    end = after[part].to(wide)
-    return torch.lerp(before[part].to(wide), end, share), end
 
 
 def _decay(displacement: Tensor, metric: Metric, covered: float, decayed: Tensor | None) -> Tensor:
