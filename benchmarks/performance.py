@@ -100,6 +100,30 @@ def gram() -> Figures:
     return found
 
 
+def fsdp2() -> Figures:
+    """A LoRA assessment in one process and in two that hold half of the weights each: the largest size of a process."""
+    folder = str(RIVAL.parent / ".venv-alignment-risk-inputs" / "fsdp2")
+    size = alone("fsdp2-model", folder)["parameters"]
+    one = alone("fsdp2-assess", folder)
+    settings = ["--use_fsdp", "--fsdp_version", "2", "--num_processes", "2", "--num_machines", "1"]
+    launch = [sys.executable, "-m", "accelerate.commands.launch", *settings, "--mixed_precision", "no"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    command = [*launch, "--dynamo_backend", "no", str(PARTS), "fsdp2-assess", folder]
+    subprocess.run(command, stdout=subprocess.DEVNULL, check=True, env=environment)
+    two = [json.loads(Path(folder, f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
+    most = max(each["peak_gb"] for each in two)
+    beyond = max(each["peak_gb"] - each["before_gb"] for each in two) / (one["peak_gb"] - one["before_gb"])
+    same = max(abs(each["kl"] / one["kl"] - 1) for each in two)
+    return {
+        "parameters": size,
+        "one": one,
+        "two": two,
+        "memory_ratio": most / one["peak_gb"],
+        "memory_ratio_beyond_libraries": beyond,
+        "largest_difference": same,
+    }
+
+
 def assess() -> Figures:
     """One whole assessment of the 135 M-parameter model, counted; benchmarks/assess_cost.py measures it."""
     told = json.loads(ASSESSMENT.read_text(encoding="utf-8"))
@@ -120,7 +144,7 @@ SECTIONS: dict[str, Callable[[], Figures]] = {
     "scaling": lambda: alone("scaling"),
     "tracker": lambda: alone("tracker"),
     "assess": assess,
-    "fsdp2": lambda: alone("fsdp2"),
+    "fsdp2": fsdp2,
 }
 
 #: Key of the result -> section, key there.

@@ -7,6 +7,7 @@ size over what it was after one small forward and backward pass.
 from __future__ import annotations
 
 import json
+import os
 import resource
 import sys
 import time
@@ -18,12 +19,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from tiltmeter import Tracker, TrackerOptions, demo
+from tiltmeter import Options, Recipe, Tracker, TrackerOptions, assess, demo
 from tiltmeter.demo.models import model as embedded
 from tiltmeter.geometry.sensitivity import spectrum_of
 from tiltmeter.geometry.space import norm
 from tiltmeter.jobs.demo import MODEL, RECIPES, SAFETY
 from tiltmeter.jobs.inputs import open_model
+from tiltmeter.jobs.recipe import Lora
 from tiltmeter.jobs.subject import with_lora
 from tiltmeter.lm.conversation import Batch, batches, encode
 from tiltmeter.lm.forward import Forward
@@ -31,6 +33,7 @@ from tiltmeter.lm.gram import combine
 from tiltmeter.lm.gram import gram as gram_of
 from tiltmeter.lm.model import trainable
 from tiltmeter.lm.objective import likelihood_objective
+from tiltmeter.lm.processes import launched
 from tiltmeter.lm.scores import score_loss
 
 RANK, EXAMPLES, LENGTH, SUPERVISED = 16, 64, 64, 24
@@ -259,12 +262,25 @@ def tracker() -> Figures:
     }
 
 
-def fsdp2() -> Figures:
-    """Not measured."""
-    return {
-        "memory_ratio": None,
-        "reason": "measuring on sharded parameters is refused, so there is nothing to compare",
-    }
+def fsdp2_model(folder: str) -> Figures:
+    """Write a Llama of 0.6 billion random weights with the tokenizer of demo:tiny."""
+    tokenizer = AutoTokenizer.from_pretrained(embedded("demo:tiny").folder)
+    model = random_llama(2048, 12, len(tokenizer))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return {"parameters": sum(p.numel() for p in model.parameters())}
+
+
+def fsdp2_assess(folder: str) -> Figures:
+    """A LoRA assessment of that model in this process, or in this process's part of several; its largest size."""
+    recipe = Recipe(learning_rate=1e-4, steps=8, batch_size=2, lora=Lora(8, 16.0, ("q_proj", "v_proj")))
+    options = Options(max_safety=2, max_tuning=2, rank=1, response_tokens=4, grid=2, coupling=False)
+    before = peak_gb()
+    told = assess(folder, "demo:tiny-safety", "demo:tiny-copy", recipe, options, device="cpu").record
+    found = {"before_gb": before, "peak_gb": peak_gb(), "kl": told["forecast"]["safety_kl"]["value"][-1]}
+    if launched() > 1:
+        Path(folder, f"{os.environ['RANK']}.json").write_text(json.dumps(found), encoding="utf-8")
+    return found
 
 
 if __name__ == "__main__":
@@ -279,6 +295,7 @@ if __name__ == "__main__":
         "products": products,
         "scaling": scaling,
         "tracker": lambda *folder: tracker(),
-        "fsdp2": fsdp2,
+        "fsdp2-model": fsdp2_model,
+        "fsdp2-assess": fsdp2_assess,
     }
     print(json.dumps(run[part](*words)))

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,11 @@ import torch.distributed as dist
 from transformers import TrainerCallback
 
 from tiltmeter import store
-from tiltmeter.errors import RecipeError
+from tiltmeter.errors import RecipeError, UnsupportedModel
 from tiltmeter.jobs.assess import assess
 from tiltmeter.jobs.finetune import finetune
 from tiltmeter.jobs.guarding import GuardOptions
+from tiltmeter.jobs.inputs import open_model
 from tiltmeter.jobs.recipe import Lora, Recipe, recipe_of
 from tiltmeter.jobs.subject import Options
 from tiltmeter.jobs.training import arguments_of
@@ -76,6 +78,25 @@ def work(folder: str) -> None:
     dist.destroy_process_group()
 
 
+def divide(folder: str) -> None:
+    """What each of the two does where the weights are divided among them."""
+    told = assess(*NAMES, RECIPE, OPTIONS, device="cpu").record
+    model = open_model("demo:tiny", device="cpu").loaded.model
+    here = sum(p.to_local().numel() for p in model.parameters())
+    refused = []
+    for job in (
+        lambda: assess(*NAMES, replace(RECIPE, lora=None), OPTIONS, device="cpu"),
+        lambda: finetune(*NAMES, RECIPE, Path(folder) / "run", device="cpu"),
+        lambda: open_model("demo:aligned", device="cpu"),
+    ):
+        with pytest.raises(UnsupportedModel) as caught:
+            job()
+        refused.append(str(caught.value))
+    made = {"told": told, "share": here / sum(p.numel() for p in model.parameters()), "refused": refused}
+    (Path(folder) / f"{dist.get_rank()}.json").write_text(json.dumps(made))
+    dist.destroy_process_group()
+
+
 class Ray(TrainerCallback):  # type: ignore[misc]  # transformers has no types
     """Fails in the second process alone."""
 
@@ -89,12 +110,12 @@ def fail(folder: str) -> None:
     finetune(*NAMES, RECIPE, Path(folder) / "run", options=TRACKER, callbacks=[Ray()], device="cpu")
 
 
-def launch(command: list[str], timeout: int = 400) -> subprocess.CompletedProcess[str]:
+def launch(command: list[str], kind: Sequence[str] = ("--multi_gpu",)) -> subprocess.CompletedProcess[str]:
     # without GPUs this is torchrun with gloo; accelerate's --cpu would start a single process
-    settings = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    settings = [*kind, "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
     start = [sys.executable, "-m", "accelerate.commands.launch", *settings, "--dynamo_backend", "no"]
     room = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    return subprocess.run([*start, *command], capture_output=True, text=True, timeout=timeout, env=room, check=False)
+    return subprocess.run([*start, *command], capture_output=True, text=True, timeout=400, env=room, check=False)
 
 
 def script(folder: Path, name: str) -> str:
@@ -140,6 +161,47 @@ def test_two_processes_assess_and_train_as_one(tmp_path: Path) -> None:
     run = first["stopped"]["run"]
     assert run["stopped_early"]
     assert run["steps"] < 10
+
+
+def test_with_divided_weights_an_assessment_is_that_of_whole_ones(tmp_path: Path) -> None:
+    """FSDP2. All numbers but those of the Hessian product, which is a difference there: its error is stated here."""
+    done = launch([script(tmp_path, "divide")], ["--use_fsdp", "--fsdp_version", "2"])
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    compare({"told": first["told"]}, {"told": second["told"]})
+    assert first["share"] + second["share"] == pytest.approx(1.0)
+    assert 0.4 < first["share"] < 0.6
+    alone = json.loads(json.dumps(assess(*NAMES, RECIPE, OPTIONS, device="cpu").record))
+    one, two = (held["aic"].pop("curvature_coupling")["high"] for held in (alone, first["told"]))
+    assert two == pytest.approx(one, rel=0.05)
+    for held in (alone, first["told"]):  # what gamma enters
+        for key in ("gamma_full", "cross_term", "crossover", "crossover_steps"):
+            held["aic"].pop(key)
+    compare({"told": first["told"]}, {"told": alone})
+    full, run, merged = first["refused"]
+    assert "Give a LoRA recipe (--lora-r)" in full
+    assert run.startswith("finetune works with whole weights in every process")
+    assert "Save the merged model to a folder first" in merged
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "under DeepSpeed"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "under FSDP1"),
+        ({"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "1"}, "under FSDP1"),
+    ],
+)
+def test_other_ways_of_dividing_are_refused(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UnsupportedModel, match=message):
+        open_model("demo:tiny", device="cpu")
+    with pytest.raises(UnsupportedModel, match=message):
+        finetune(*NAMES, RECIPE, tmp_path / "run", device="cpu")
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_process_that_fails_ends_both(tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def examine_subject(
     outlook = look_out(subject, found, options)
     now, spent = subject.forward.passes, subject.spent
     own = Passes(spent.calls + now.calls - before.calls, spent.tokens + now.tokens - before.tokens)
-    passes = summed_passes(own)
+    passes = summed_passes(own, subject.forward)
     seconds = time.perf_counter() - begin + subject.seconds
     cost = Cost(expected, passes, seconds, peak_gb(), data_tokens(subject, tuning))
     return _assemble(subject, tuning, recipe, options, found, outlook, cost), tuning, found

@@ -35,6 +35,7 @@ from tiltmeter.jobs.training import TrainerName, arguments_of, build_trainer, ch
 from tiltmeter.lm.conversation import Encoded, encode
 from tiltmeter.lm.processes import join, together
 from tiltmeter.lm.rows import RowSet
+from tiltmeter.lm.sharding import refuse_divided
 from tiltmeter.tracking.alarm import Budgets
 from tiltmeter.tracking.anchor import TrackerOptions
 from tiltmeter.tracking.callback import Listener, TrackerCallback
@@ -142,6 +143,7 @@ def finetune(
 
     Cost: that of the run, plus `record["overhead"]`.
     """
+    refuse_divided("finetune")
     join(device)
     together(lambda: _check_folder(out, resume))
     foretold = None if assessment is None else read_assessment(assessment)

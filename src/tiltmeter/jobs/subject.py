@@ -32,6 +32,7 @@ from tiltmeter.lm.processes import least_of_all
 from tiltmeter.lm.rows import RowSet
 from tiltmeter.lm.safety import SafetySet, prepare_safety
 from tiltmeter.lm.scores import Score, sampled_labels, score_loss
+from tiltmeter.lm.sharding import is_divided
 
 #: Tokens per micro-batch in a large space, where vectors of the space take the memory.
 LARGE_TOKENS = 192
@@ -200,7 +201,8 @@ def measure_subject(
     if listen is not None:
         listen(forward.passes)
     # in a large space Hessian products are differences of gradients: two passes, and no second graph in memory
-    hessian: Literal["exact", "difference"] = "exact" if forward.space.size <= LARGE else "difference"
+    plain = forward.space.size <= LARGE and not is_divided(loaded.model)
+    hessian: Literal["exact", "difference"] = "exact" if plain else "difference"
     if safety is None:
         report("answers of the aligned model")
         safety = answer_safety(opened, rows, options, forward.passes)
@@ -223,7 +225,7 @@ def measure_subject(
     packed = reads_packed(forward, safety, pad)
     openings = safety.refusals, safety.compliances
     negative = negative_margin_objective(forward, *openings, pad, options.max_tokens, packed=packed)
-    both = shared_standing(standing(kl, negative, safety, pad, packed=packed))
+    both = shared_standing(standing(kl, negative, safety, pad, packed=packed), forward)
     divergence, margin = shared_divergence(kl), shared_objective(negative)
     anchor_margin = -margin.losses()
     began = time.perf_counter()

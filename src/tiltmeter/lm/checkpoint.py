@@ -11,6 +11,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tiltmeter.errors import ModelError, OutOfMemory
+from tiltmeter.lm.processes import launched
+from tiltmeter.lm.sharding import divided
 
 #: llama.cpp pre-tokenizers that part numbers into digits, which transformers' GGUF converter forgets.
 _SINGLE_DIGITS = frozenset({"smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"})
@@ -29,18 +31,21 @@ def cannot(what: str, error: Exception) -> ModelError:
     return ModelError(f"cannot load {what}: {type(error).__name__}: {lines[0][:300] if lines else 'no message'}")
 
 
-def read_model(name: str, dtype: torch.dtype | None, trust_remote_code: bool) -> Any:
-    """A causal language model from the hub or a local folder, on the CPU.
+def read_model(name: str, dtype: torch.dtype | None, trust_remote_code: bool, device: str = "cpu") -> Any:
+    """A causal language model from the hub or a local folder, on the CPU; or this process's part of it (`sharding`).
 
     Args:
         name: hub id or folder.
         dtype: of the parameters; None for that of the checkpoint.
         trust_remote_code: run code that comes with the model.
+        device: where a part is put; a whole model is read on the CPU.
 
     Raises:
         ModelError: no configuration, not a causal model, no safetensors, damaged, incomplete or misshapen weights.
         OutOfMemory: the weights need more memory than is free.
+        UnsupportedModel: the launcher asks for a division that is not supported.
     """
+    shares = divided(name)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds, and they change between releases
@@ -48,7 +53,8 @@ def read_model(name: str, dtype: torch.dtype | None, trust_remote_code: bool) ->
     _check_causal(name, config, trust_remote_code)
     _check_pickle(name)
     needed = _weight_bytes(config, dtype, trust_remote_code)
-    check_memory(name, needed, psutil.virtual_memory().available, "main")
+    check_memory(name, needed if shares is None else needed // launched(), psutil.virtual_memory().available, "main")
+    place = {} if shares is None else {"distributed_config": shares, "device_map": device}
     try:
         # Missing and misshapen tensors are let through here and reported below, all by name: transformers would only
         # warn of the missing ones, and fill them with random numbers.
@@ -60,6 +66,7 @@ def read_model(name: str, dtype: torch.dtype | None, trust_remote_code: bool) ->
             trust_remote_code=trust_remote_code,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            **place,
         )
     except Exception as error:
         if isinstance(error, OSError) and "safetensors" in str(error) and not Path(name).is_dir():

@@ -1,8 +1,8 @@
 """Data-parallel products: every process measures its own micro-batches, and all get the sums.
 
 Each process holds the whole model; only the examples are divided. Products of m examples have zeros where another
-process measured, so that one sum over processes puts them together. Models whose parameters are themselves divided are
-refused by `model.trainable`.
+process measured, so that one sum over processes puts them together. Where the weights are divided instead
+(`lm.sharding`), all processes must gather the same layers at the same time: each then does all the work.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from tiltmeter.geometry.objective import FORWARD_BACKWARD, Objective, Passes
 from tiltmeter.geometry.space import ParameterSpace
 from tiltmeter.lm.conversation import Batch
 from tiltmeter.lm.divergence import DivergenceObjective
+from tiltmeter.lm.forward import Forward
 from tiltmeter.lm.kl_and_margin import KlAndMargin
 from tiltmeter.lm.objective import LanguageObjective
 from tiltmeter.lm.processes import largest_of_all, least_of_all, processes, summed
+from tiltmeter.lm.sharding import is_divided
 
 
 @dataclass(frozen=True)
@@ -125,9 +127,14 @@ class ShardedStanding:
         return both[0], both[1]
 
 
-def summed_passes(passes: Passes) -> Passes:
-    """The passes of all processes together."""
-    if processes() == 1:
+def divides(forward: Forward) -> bool:
+    """Whether several processes work together and share the examples out."""
+    return processes() > 1 and not is_divided(forward.model)
+
+
+def summed_passes(passes: Passes, forward: Forward) -> Passes:
+    """The passes of all processes that share the work."""
+    if not divides(forward):
         return passes
     kinds = list(FORWARD_BACKWARD)
     own = torch.tensor([[counts[kind] for kind in kinds] for counts in (passes.calls, passes.tokens)])
@@ -142,17 +149,17 @@ def shared_objective(
     objective: LanguageObjective,
 ) -> LanguageObjective | Sharded:
     """The objective itself, or its share where several processes work together."""
-    return objective if processes() == 1 else sharded(objective)
+    return sharded(objective) if divides(objective.forward) else objective
 
 
 def shared_divergence(divergence: DivergenceObjective) -> DivergenceObjective | Sharded:
     """The safety KL itself, or its share where several processes work together."""
-    return divergence if processes() == 1 else sharded(divergence)
+    return sharded(divergence) if divides(divergence.inner.forward) else divergence
 
 
-def shared_standing(standing: Standing) -> Standing:
+def shared_standing(standing: Standing, forward: Forward) -> Standing:
     """What reads KL and margin, or its share where several processes work together."""
-    if processes() == 1:
+    if not divides(forward):
         return standing
     if isinstance(standing, Separate):
         return Separate(_share_of(standing.safety_kl), _share_of(standing.negative_margin))

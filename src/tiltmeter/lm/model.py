@@ -17,6 +17,7 @@ from tiltmeter.errors import ModelError, OutOfMemory, UnsupportedModel
 from tiltmeter.lm.adapter import adapter_folder, base_of, has_tokenizer, merge, quiet
 from tiltmeter.lm.checkpoint import cannot, check_memory, read_gguf, read_model, read_tokenizer
 from tiltmeter.lm.frozen import frozen_weights
+from tiltmeter.lm.sharding import divided, is_divided, whole
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -73,8 +74,10 @@ def load(
     if dtype not in DTYPES:
         raise ModelError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     place = _device(device)
-    model, tokenizer = _read(str(name), None if adapter is None else str(adapter), DTYPES[dtype], trust_remote_code)
-    model = _move(model, place, str(name))
+    given = None if adapter is None else str(adapter)
+    model, tokenizer = _read(str(name), given, DTYPES[dtype], trust_remote_code, place.type)
+    if not is_divided(model):
+        model = _move(model, place, str(name))
     _ensure_padding(tokenizer, model)
     full_name = str(name) if adapter is None else f"{name} + {adapter}"
     return Loaded(model.eval(), tokenizer, full_name, digest_of(model), _context(model, tokenizer))
@@ -183,8 +186,8 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
         if hasattr(p, "placements"):  # a DTensor; its type cannot be imported where PyTorch has no distributed part
             raise UnsupportedModel(
                 f"parameter {name} is divided among processes (a DTensor, as fully_shard makes them), and this version "
-                "measures whole parameters only. Measure before the model is divided, or with LoRA on a whole base, "
-                "whose adapters are small."
+                "differentiates whole parameters only. Give a LoRA recipe (--lora-r), whose factors are added to the "
+                "divided model and are whole, or launch without dividing it."
             )
     return found
 
@@ -196,7 +199,7 @@ def digest_of(model: nn.Module) -> str:
     """
     digest = hashlib.sha256()
     for name, p in model.named_parameters():
-        value = p.detach()
+        value = whole(p.detach())
         if not torch.isfinite(value).all():
             raise ModelError(f"parameter {name} holds values that are not finite; the checkpoint is damaged")
         digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
@@ -205,7 +208,15 @@ def digest_of(model: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def _read(name: str, adapter: str | None, dtype: torch.dtype | None, trust_remote_code: bool) -> tuple[Any, Any]:
+def _read(
+    name: str, adapter: str | None, dtype: torch.dtype | None, trust_remote_code: bool, device: str
+) -> tuple[Any, Any]:
+    merged = adapter is not None or name.lower().endswith(".gguf") or adapter_folder(name) is not None
+    if merged and divided(name) is not None:
+        raise UnsupportedModel(
+            f"{name if adapter is None else adapter} is to be merged or unpacked, which needs the whole model in every "
+            "process. Save the merged model to a folder first and give that, or launch without --use_fsdp."
+        )
     if adapter is not None:
         folder = adapter_folder(adapter)
         if folder is None:
@@ -223,11 +234,11 @@ def _read(name: str, adapter: str | None, dtype: torch.dtype | None, trust_remot
     if local.is_file():
         raise ModelError(f"{name} is a file; expected a folder, a hub id or a .gguf file")
     place = str(local) if local.is_dir() else name
-    return read_model(place, dtype, trust_remote_code), read_tokenizer(place, trust_remote_code)
+    return read_model(place, dtype, trust_remote_code, device), read_tokenizer(place, trust_remote_code)
 
 
 def _read_merged(base: str, folder: Path, dtype: torch.dtype | None, trust_remote_code: bool) -> tuple[Any, Any]:
-    model, tokenizer = _read(base, None, dtype, trust_remote_code)
+    model, tokenizer = _read(base, None, dtype, trust_remote_code, "cpu")
     wanted = model.dtype
     # In bfloat16 a small update would be rounded away against the weight it is added to.
     merged = merge(model.float(), folder).to(wanted)

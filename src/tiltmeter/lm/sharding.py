@@ -1,0 +1,77 @@
+"""Models whose weights are divided among processes (FSDP2), as transformers loads them.
+
+`accelerate launch --use_fsdp --fsdp_version 2` asks for it through the environment. Every process then reads and keeps
+only its part of the frozen weights and gathers a layer when it comes to it. What is trained, LoRA's factors, is added
+afterwards and is whole everywhere, so that vectors, products and forecasts are those of one process. Double backward
+does not pass through gathered layers: Hessian products are differences of gradients there.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from torch import Tensor, nn
+
+from tiltmeter.errors import UnsupportedModel
+from tiltmeter.lm.processes import launched
+
+
+def divided(what: str) -> Any | None:
+    """The configuration to load a model with, or None where each process should hold it whole.
+
+    Args:
+        what: what is to be loaded, for messages.
+
+    Raises:
+        UnsupportedModel: the launcher asks for DeepSpeed or FSDP1, or transformers is too old.
+    """
+    if _asked("ACCELERATE_USE_DEEPSPEED"):
+        raise UnsupportedModel(
+            f"cannot load {what} under DeepSpeed: its engine owns parameters and gradients, and products of them are "
+            "what tiltmeter is made of. Launch without it, or with --use_fsdp --fsdp_version 2 for assess with LoRA."
+        )
+    if not _asked("ACCELERATE_USE_FSDP"):
+        return None
+    if os.environ.get("FSDP_VERSION", "1") != "2":
+        raise UnsupportedModel(
+            f"cannot load {what} under FSDP1, which flattens parameters; give accelerate launch --fsdp_version 2"
+        )
+    if launched() == 1:
+        return None
+    try:
+        from transformers.distributed import DistributedConfig
+
+        return DistributedConfig(fsdp_size=launched(), fsdp_cpu_offload=_asked("FSDP_OFFLOAD_PARAMS"))
+    except (ImportError, TypeError) as error:
+        raise UnsupportedModel(
+            "this version of transformers cannot load a model divided among processes; 5.23 can"
+        ) from error
+
+
+def refuse_divided(job: str) -> None:
+    """End a job that needs whole weights in every process.
+
+    Raises:
+        UnsupportedModel: the launcher asks for FSDP or DeepSpeed.
+    """
+    if divided("a model") is not None:
+        raise UnsupportedModel(
+            f"{job} works with whole weights in every process: the main one measures while the others wait, and cannot "
+            "gather layers alone. Launch without --use_fsdp (data parallel); LoRA's gradients are small."
+        )
+
+
+def is_divided(model: nn.Module) -> bool:
+    """Whether a process holds only a part of some parameter (a DTensor)."""
+    return any(hasattr(p, "placements") for p in model.parameters())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor. Cost: a gathering by all processes, if it is divided."""
+    gathered: Tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+    return gathered
+
+
+def _asked(variable: str) -> bool:
+    return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
