@@ -138,7 +138,7 @@ def test_a_model_that_is_divided_among_processes_is_refused(llama: Any) -> None:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         fully_shard(llama, mesh=dist.init_device_mesh("cpu", (1,)))
-        with pytest.raises(UnsupportedModel, match=r"divided among processes \(a DTensor.*Measure before the model"):
+        with pytest.raises(UnsupportedModel, match=r"divided among processes \(a DTensor.*Give a LoRA recipe"):
             trainable(llama)
     finally:
         dist.destroy_process_group()
