@@ -265,7 +265,7 @@ def tracker() -> Figures:
 def fsdp2_model(folder: str) -> Figures:
     """Write a Llama of 0.6 billion random weights with the tokenizer of demo:tiny."""
     tokenizer = AutoTokenizer.from_pretrained(embedded("demo:tiny").folder)
-    model = random_llama(2048, 12, len(tokenizer))
+    model = random_llama(1280, 32, len(tokenizer))  # as many layers as a 7 B model has: one is gathered at a time
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return {"parameters": sum(p.numel() for p in model.parameters())}
@@ -274,7 +274,7 @@ def fsdp2_model(folder: str) -> Figures:
 def fsdp2_assess(folder: str) -> Figures:
     """A LoRA assessment of that model in this process, or in this process's part of several; its largest size."""
     recipe = Recipe(learning_rate=1e-4, steps=8, batch_size=2, lora=Lora(8, 16.0, ("q_proj", "v_proj")))
-    options = Options(max_safety=2, max_tuning=2, rank=1, response_tokens=4, grid=2, coupling=False)
+    options = Options(max_safety=2, max_tuning=2, rank=1, response_tokens=4, grid=1, coupling=False)
     before = peak_gb()
     told = assess(folder, "demo:tiny-safety", "demo:tiny-copy", recipe, options, device="cpu").record
     found = {"before_gb": before, "peak_gb": peak_gb(), "kl": told["forecast"]["safety_kl"]["value"][-1]}

@@ -33,6 +33,7 @@ LORA = replace(FULL, learning_rate=2e-3, lora=Lora(4, 8.0, ("q_proj", "v_proj"))
 SMALL = TrackerOptions(max_safety=6, rank=2, every=4)
 SAVING = {"save_steps": 3, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
 
+#: Imports once and forks: a process may not fork when it has trained.
 KILLED = """
 import os, signal, sys, torch
 torch.set_num_threads(1)
@@ -46,7 +47,14 @@ class Kill(TrainerCallback):
         if state.global_step == 8:  # row 8 is written; the last checkpoint is that of step 6
             os.kill(os.getpid(), signal.SIGKILL)
 
-run({recipe}, Path({out!r}), callbacks=[Kill()])
+for name, recipe in dict(FULL=FULL, LORA=LORA).items():
+    child = os.fork()
+    if not child:
+        try:
+            run(recipe, Path({out!r}) / name, callbacks=[Kill()])
+        finally:
+            os._exit(1)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
 
 
@@ -55,14 +63,20 @@ def run(recipe: Recipe, out: Path, **given: Any) -> Any:
     return finetune("demo:tiny", "demo:tiny-safety", "demo:tiny-copy", recipe, out, device="cpu", **more)
 
 
+@pytest.fixture(scope="module")
+def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("killed")
+    code = KILLED.format(tests=str(Path(__file__).parent), out=str(out))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=True)
+    assert [line for line in done.stdout.splitlines() if line.startswith("-")] == ["-9", "-9"], done.stderr
+    return out
+
+
 @pytest.mark.parametrize("name", ["FULL", "LORA"])
-def test_killed_and_resumed_gives_the_rows_of_an_uninterrupted_run(tmp_path: Path, name: str) -> None:
+def test_killed_and_resumed_gives_the_rows_of_an_uninterrupted_run(killed: Path, tmp_path: Path, name: str) -> None:
     recipe = {"FULL": FULL, "LORA": LORA}[name]
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    whole, broken = tmp_path / "whole", killed / name
     run(recipe, whole)
-    code = KILLED.format(tests=str(Path(__file__).parent), recipe=name, out=str(broken))
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert done.returncode == -9, done.stderr
     rows = broken / "track" / "rows.jsonl"
     steps = [json.loads(line)["step"] for line in rows.read_text().splitlines()]
     assert steps == [0, 1, 2, 3, 4, 6, 8]

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from transformers import TrainerCallback
+from two import Ended, two
 
 from tiltmeter import store
 from tiltmeter.errors import RecipeError, UnsupportedModel
@@ -36,18 +35,11 @@ TRACKER = TrackerOptions(max_safety=6, rank=2, every=4)
 GUARD = GuardOptions("budget", budget_kl=1e-6)
 
 
-def free_port() -> str:
-    """A port nobody listens at."""
-    with socket.socket() as held:
-        held.bind(("127.0.0.1", 0))
-        return str(held.getsockname()[1])
-
-
 WORKER = """
 import sys
 import torch
 torch.set_num_threads(1)
-sys.path.insert(0, {here!r})
+sys.path[:0] = {here!r}
 import test_processes
 getattr(test_processes, {name!r})({folder!r})
 """
@@ -79,7 +71,8 @@ def work(folder: str) -> None:
 
 
 def divide(folder: str) -> None:
-    """What each of the two does where the weights are divided among them."""
+    """What each of the two does where the weights are divided; accelerate's --use_fsdp sets these variables."""
+    os.environ.update(ACCELERATE_USE_FSDP="true", FSDP_VERSION="2")
     told = assess(*NAMES, RECIPE, OPTIONS, device="cpu").record
     model = open_model("demo:tiny", device="cpu").loaded.model
     here = sum(p.to_local().numel() for p in model.parameters())
@@ -110,9 +103,9 @@ def fail(folder: str) -> None:
     finetune(*NAMES, RECIPE, Path(folder) / "run", options=TRACKER, callbacks=[Ray()], device="cpu")
 
 
-def launch(command: list[str], kind: Sequence[str] = ("--multi_gpu",)) -> subprocess.CompletedProcess[str]:
+def launch(command: list[str]) -> subprocess.CompletedProcess[str]:
     # without GPUs this is torchrun with gloo; accelerate's --cpu would start a single process
-    settings = [*kind, "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    settings = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
     start = [sys.executable, "-m", "accelerate.commands.launch", *settings, "--dynamo_backend", "no"]
     room = {**os.environ, "OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
     return subprocess.run([*start, *command], capture_output=True, text=True, timeout=400, env=room, check=False)
@@ -120,7 +113,11 @@ def launch(command: list[str], kind: Sequence[str] = ("--multi_gpu",)) -> subpro
 
 def script(folder: Path, name: str) -> str:
     path = folder / f"{name}.py"
-    path.write_text(WORKER.format(here=str(Path(__file__).parent), name=name, folder=str(folder)))
+    path.write_text(
+        WORKER.format(
+            here=[str(Path(__file__).parent), str(Path(two.__code__.co_filename).parent)], name=name, folder=str(folder)
+        )
+    )
     return str(path)
 
 
@@ -163,11 +160,18 @@ def test_two_processes_assess_and_train_as_one(tmp_path: Path) -> None:
     assert run["steps"] < 10
 
 
-def test_with_divided_weights_an_assessment_is_that_of_whole_ones(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Ended]]]:
+    folder = tmp_path_factory.mktemp("forked")
+    return folder, two(__file__, {"divide": [str(folder)], "fail": [str(folder)]}, folder)
+
+
+def test_with_divided_weights_an_assessment_is_that_of_whole_ones(forked: tuple[Path, dict[str, list[Ended]]]) -> None:
     """FSDP2. All numbers but those of the Hessian product, which is a difference there: its error is stated here."""
-    done = launch([script(tmp_path, "divide")], ["--use_fsdp", "--fsdp_version", "2"])
-    assert done.returncode == 0, done.stderr[-3000:]
-    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    folder, done = forked
+    for process in done["divide"]:
+        assert process.returncode == 0, process.stderr[-3000:]
+    first, second = (json.loads((folder / f"{rank}.json").read_text()) for rank in range(2))
     compare({"told": first["told"]}, {"told": second["told"]})
     assert first["share"] + second["share"] == pytest.approx(1.0)
     assert 0.4 < first["share"] < 0.6
@@ -204,17 +208,13 @@ def test_other_ways_of_dividing_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_process_that_fails_ends_both(tmp_path: Path) -> None:
+def test_a_process_that_fails_ends_both(forked: tuple[Path, dict[str, list[Ended]]]) -> None:
     """Without a launcher, which would end the other at once: the broken connection does."""
-    meet = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
-    rooms = [{**os.environ, **meet, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
-    command = [sys.executable, script(tmp_path, "fail")]
-    both = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=room) for room in rooms]
-    told = [process.communicate(timeout=300)[1] for process in both]
-    assert [process.returncode != 0 for process in both] == [True, True]
-    assert "a cosmic ray" in told[1]
-    assert not (tmp_path / "run" / store.RECORD).exists()
-    assert (tmp_path / "run" / "checkpoint-2").is_dir()  # what a run can go on from
+    folder, done = forked
+    assert [process.returncode != 0 for process in done["fail"]] == [True, True]
+    assert "a cosmic ray" in done["fail"][1].stderr
+    assert not (folder / "run" / store.RECORD).exists()
+    assert (folder / "run" / "checkpoint-2").is_dir()  # what a run can go on from
 
 
 @pytest.mark.parametrize("processes", [1, 2, 4])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import LlamaConfig, LlamaForCausalLM
+from two import Ended, two
 
 from tiltmeter.errors import UnsupportedModel
 from tiltmeter.lm.conversation import Example
@@ -22,13 +21,6 @@ from tiltmeter.lm.divergence import DivergenceObjective, divergence_objective
 from tiltmeter.lm.forward import Forward
 from tiltmeter.lm.model import trainable
 from tiltmeter.lm.objective import likelihood_objective, negative_margin_objective
-
-WORKER = """
-import sys
-sys.path.insert(0, {here!r})
-import test_distributed
-test_distributed.work(int(sys.argv[1]), {folder!r}, {fail!r})
-"""
 
 
 def examples(seed: int) -> list[Example]:
@@ -76,10 +68,10 @@ def products(name: str, objective: Any) -> dict[str, Tensor]:
     return found
 
 
-def work(rank: int, folder: str, fail: bool) -> None:
+def work(folder: str, fail: bool = False) -> None:
     """What one of the two processes does."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
     found = {}
     for name, objective in objectives().items():
         part = sharded(objective)
@@ -91,6 +83,11 @@ def work(rank: int, folder: str, fail: bool) -> None:
     save_file(found, f"{folder}/{rank}.safetensors")
 
 
+def fail(folder: str) -> None:
+    """The same, with a fault in the second."""
+    work(folder, fail=True)
+
+
 def raise_in(inner: Any) -> None:
     def broken(*args: Any) -> Tensor:
         raise ValueError("a cosmic ray")
@@ -98,21 +95,17 @@ def raise_in(inner: Any) -> None:
     object.__setattr__(inner, "reading", broken)
 
 
-def run(folder: Path, fail: bool) -> list[subprocess.CompletedProcess[str]]:
-    code = WORKER.format(here=str(Path(__file__).parent), folder=str(folder), fail=fail)
-    command = [sys.executable, "-c", code]
-    running = [subprocess.Popen([*command, str(r)], stderr=subprocess.PIPE, text=True) for r in range(2)]
-    done = [process.communicate(timeout=300)[1] for process in running]
-    return [
-        subprocess.CompletedProcess(command, process.returncode, None, text)
-        for process, text in zip(running, done, strict=True)
-    ]
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, list[Ended]]]:
+    folder = tmp_path_factory.mktemp("two")
+    return folder, two(__file__, {"work": [str(folder)], "fail": [str(folder / "lost")]}, folder)
 
 
-def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
-    for process in run(tmp_path, fail=False):
+def test_two_processes_give_the_numbers_of_one(ended: tuple[Path, dict[str, list[Ended]]]) -> None:
+    folder, done = ended
+    for process in done["work"]:
         assert process.returncode == 0, process.stderr
-    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+    first, second = (load_file(folder / f"{rank}.safetensors") for rank in range(2))
     expected = {f"{n}.{key}": value for n, o in objectives().items() for key, value in products(n, o).items()}
     assert first.keys() == expected.keys()
     for key, value in expected.items():
@@ -123,8 +116,8 @@ def test_two_processes_give_the_numbers_of_one(tmp_path: Path) -> None:
         assert torch.equal(first[key], second[key]), key
 
 
-def test_a_failure_in_one_process_ends_both_with_a_clear_error(tmp_path: Path) -> None:
-    healthy, failing = run(tmp_path, fail=True)
+def test_a_failure_in_one_process_ends_both_with_a_clear_error(ended: tuple[Path, dict[str, list[Ended]]]) -> None:
+    healthy, failing = ended[1]["fail"]
     assert failing.returncode != 0
     assert "a cosmic ray" in failing.stderr
     assert healthy.returncode != 0
