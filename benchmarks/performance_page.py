@@ -29,6 +29,11 @@ ROWS: dict[str, tuple[str, str, str]] = {
         ".1f",
     ),
     "fisher_vs_alignment_risk.sample_space_memory_ratio": ("memory of the same", ">= 20", ".1f"),
+    "fisher_vs_alignment_risk.bound_cpu_ratio": (
+        "what the first row would be if ours took one plain forward and backward pass over the data and nothing else",
+        "",
+        ".1f",
+    ),
     "fisher_vs_alignment_risk.randomized_svd_cpu_ratio": (
         "the first row with alignment-risk's own randomised SVD, which is not its default",
         "",

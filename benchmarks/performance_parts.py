@@ -120,7 +120,14 @@ def fisher(folder: str, vectors: bool) -> Figures:
 
     before = peak_gb()
     out["cpu_s"] = cpu_seconds(work)
-    return {**out, "extra_peak_gb": peak_gb() - before}
+    out["extra_peak_gb"] = peak_gb() - before
+
+    def passes() -> None:
+        for part in parts:
+            score_loss(model(input_ids=part.tokens, use_cache=False).logits, part.labels).sum().backward()
+
+    out["forward_backward_cpu_s"] = cpu_seconds(passes)
+    return out
 
 
 def gram() -> Figures:

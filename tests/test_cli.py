@@ -326,12 +326,12 @@ def test_demo_list_names_every_model_and_set(tiltmeter: Tiltmeter) -> None:
 
 
 def test_errors_that_are_ours_exit_1(tiltmeter: Tiltmeter, monkeypatch: pytest.MonkeyPatch) -> None:
-    from tiltmeter import commands
+    from tiltmeter import commands_catalogue
     from tiltmeter.errors import DownloadError
 
     def fail() -> Path:
         raise DownloadError("the network went away\nin the middle [of it]")
 
-    monkeypatch.setattr(commands, "fetch_demo", fail)
+    monkeypatch.setattr(commands_catalogue, "fetch_demo", fail)
     ended = tiltmeter("demo", "--fetch")
     assert ended == Ended(1, "", ["DownloadError: the network went away in the middle [of it]"])

@@ -34,10 +34,25 @@ ALLOWED = {
         "errors",
     },
     "commands_evaluate": {"commands", "report", "jobs", "lm", "store", "errors"},
+    "commands_catalogue": {"demo"},
+    "commands_demo": {"commands", "report", "jobs"},
+    "commands_theory": {"jobs", "store"},
+    "commands_report": {"report", "store"},
     "commands_rank": {"commands", "report", "jobs", "store", "errors"},
     "commands_validate": {"commands", "report", "jobs", "errors"},
     "__main__": {"cli"},
-    "cli": {"commands", "commands_evaluate", "commands_finetune", "commands_rank", "commands_validate", "errors"},
+    "cli": {
+        "commands",
+        "commands_catalogue",
+        "commands_demo",
+        "commands_evaluate",
+        "commands_finetune",
+        "commands_rank",
+        "commands_report",
+        "commands_theory",
+        "commands_validate",
+        "errors",
+    },
 }
 
 #: Packages that exactly one file, or one folder, may import.

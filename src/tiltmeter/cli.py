@@ -523,15 +523,17 @@ def demo(
     force: Annotated[bool, typer.Option("--force", help="Run again though the results are there.")] = False,
 ) -> None:
     """Assess the embedded model on three real tuning sets; or list or fetch what is embedded."""
-    from tiltmeter import commands
+    from tiltmeter import commands_catalogue
 
     if listing:
-        for line in commands.catalogue_lines():
+        for line in commands_catalogue.catalogue_lines():
             print(line)
         return
     if fetch:
-        print(f"models and data are in {commands.fetch_demo()}")
+        print(f"models and data are in {commands_catalogue.fetch_demo()}")
         return
+    from tiltmeter import commands_demo as commands
+
     with progress_bar() as ticker:
         page, lines = commands.demo(out, full, seed, force, ticker)
     for line in lines:
@@ -546,7 +548,7 @@ def theory(
     seed: Annotated[int, typer.Option(help="Seed of the random systems.")] = 0,
 ) -> None:
     """Check every claim of the theory on systems solved by hand."""
-    from tiltmeter import commands
+    from tiltmeter import commands_theory as commands
 
     check, folder = commands.theory(seed, out)
     if as_json:
@@ -567,7 +569,7 @@ def report(
     title: Annotated[str, typer.Option(help="Title of the page.")] = "tiltmeter",
 ) -> None:
     """Put stored results on one self-contained page, or into Markdown for a model card."""
-    from tiltmeter import commands
+    from tiltmeter import commands_report as commands
 
     if out.exists():
         raise InputError(f"{out} exists already; give another name, results are never overwritten")

