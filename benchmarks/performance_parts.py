@@ -281,7 +281,7 @@ def fsdp2_model(folder: str) -> Figures:
 def fsdp2_assess(folder: str) -> Figures:
     """A LoRA assessment of that model in this process, or in this process's part of several; its largest size."""
     recipe = Recipe(learning_rate=1e-4, steps=8, batch_size=2, lora=Lora(8, 16.0, ("q_proj", "v_proj")))
-    options = Options(max_safety=2, max_tuning=2, rank=1, response_tokens=4, grid=1, coupling=False)
+    options = Options(max_safety=2, max_tuning=2, rank=1, response_tokens=4, grid=2, coupling=False)
     before = peak_gb()
     told = assess(folder, "demo:tiny-safety", "demo:tiny-copy", recipe, options, device="cpu").record
     found = {"before_gb": before, "peak_gb": peak_gb(), "kl": told["forecast"]["safety_kl"]["value"][-1]}
