@@ -211,8 +211,8 @@ def digest_of(model: nn.Module) -> str:
 def _read(
     name: str, adapter: str | None, dtype: torch.dtype | None, trust_remote_code: bool, device: str
 ) -> tuple[Any, Any]:
-    merged = adapter is not None or name.lower().endswith(".gguf") or adapter_folder(name) is not None
-    if merged and divided(name) is not None:
+    plain = adapter is None and not name.lower().endswith(".gguf")
+    if divided(name) is not None and not (plain and adapter_folder(name) is None):
         raise UnsupportedModel(
             f"{name if adapter is None else adapter} is to be merged or unpacked, which needs the whole model in every "
             "process. Save the merged model to a folder first and give that, or launch without --use_fsdp."
