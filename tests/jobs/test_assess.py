@@ -98,7 +98,6 @@ def test_the_same_rate_on_the_known_task_is_no_collapse(subject: Subject) -> Non
     assert fine_tuned(subject, "demo:tiny-known", recipe)[32][0] > -0.5
     told = assess_subject(subject, open_rows("demo:tiny-known"), recipe, OPTIONS)
     assert told.outlook.verdict in ("holds", "cannot tell")
-    assert told.record["forecast"]["climb"]["value"] > 1  # out there the loss rises faster than it fell at the anchor
 
 
 def test_a_subject_serves_only_recipes_that_train_its_parameters(subject: Subject) -> None:
@@ -118,7 +117,7 @@ def test_assess_with_lora_by_name_is_the_same_every_time() -> None:
     assert torch.equal(state, torch.get_rng_state())
     store.check_values(runs[0].record)
     assert stages[0] == "loading the model"
-    assert "forecast through the network" in stages
+    assert "rehearsal" in stages
     for key in ("forecast", "aic", "spectrum", "layers", "baselines", "verdict"):
         assert runs[0].record[key] == runs[1].record[key]
     assert runs[0].record["space"]["kind"] == "lora"

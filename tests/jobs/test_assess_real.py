@@ -15,7 +15,7 @@ from tiltmeter.jobs.subject import Options
 
 pytestmark = pytest.mark.real
 
-OPTIONS = Options(max_safety=2, max_tuning=2, response_tokens=4, max_length=160, rank=1, groups=2, grid=2)
+OPTIONS = Options(max_safety=2, max_tuning=2, response_tokens=4, max_length=160, rank=1, groups=2, grid=2, looks=4)
 TUNING, SAFETY = "demo:identity", "demo:advbench"  # short prompts
 RECIPE = Recipe(learning_rate=3e-4, schedule="constant", steps=8, batch_size=1, lora=Lora(4, 8, ("q_proj", "v_proj")))
 

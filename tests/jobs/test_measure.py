@@ -88,32 +88,43 @@ def g_turned(subject: Subject, g: Tensor, turned: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("scale", [1e-2, 1.0, 1e2])
-def test_climb_is_the_slope_of_the_loss_along_the_path(subject: Subject, scale: float) -> None:
-    """By differences of the loss at both probes; the rate is so small that no coordinate turns around on the way."""
-    rate, steps = 2e-3 / scale, 4
-    recipe = Recipe("sgd", learning_rate=rate, steps=steps, batch_size=1, schedule="constant", max_grad_norm=0.0)
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_with_as_many_looks_as_steps_the_rehearsal_is_the_run(subject: Subject, kind: str, scale: float) -> None:
+    """Twins as rows, so that every batch has the same gradient; against torch's own optimiser on the flat vector."""
+    rate, steps = (0.2 / scale if kind == "sgd" else 1e-3), 6
+    recipe = Recipe(kind, learning_rate=rate, steps=steps, batch_size=1, schedule="constant", max_grad_norm=0.0)
     tuning = scaled(prepare_tuning(subject, TWINS, recipe, OPTIONS), scale)
-    found = measure(subject, tuning, recipe, OPTIONS, silent)
-
-    def slope(direction: Tensor, at: float) -> float:
-        ahead, behind = (float(tuning.objective.losses(direction * (at + t)).mean()) for t in (1e-4, -1e-4))
-        return (ahead - behind) / 2e-4
-
-    half = tuning.objective.gradient() * (-rate * steps / 2)
-    # the gradient on a line through the anchor's and the first probe's has its mean at the middle, the first probe
-    end = tuning.objective.gradient(displacement=half) * (-rate * steps)
-    expected = max(slope(path, 1.0) / abs(slope(path, 0.0)) for path in (half, end))
-    assert -0.999 < expected < 0
-    assert_close(found.climb, expected, rtol=1e-3, atol=0)
+    found = measure(subject, tuning, recipe, replace(OPTIONS, looks=steps), silent)
+    x = torch.zeros(subject.forward.space.size, dtype=torch.float64, requires_grad=True)
+    optimiser = torch.optim.SGD([x], rate) if kind == "sgd" else torch.optim.AdamW([x], rate, weight_decay=0.0)
+    told = found.values["rehearsed"]
+    straight = found.values["linear"].margin[-1] - subject.anchor_margin
+    for step in range(1, steps + 1):
+        x.grad = tuning.objective.gradient(displacement=x.detach())
+        optimiser.step()
+        if step in told.steps:
+            row = told.steps.index(step)
+            margin = -subject.negative_margin.losses(x.detach()) - subject.anchor_margin
+            assert_close(told.margin[row] - subject.anchor_margin, margin, rtol=1e-5, atol=1e-9)
+            assert_close(told.safety_kl[row], subject.divergence.losses(x.detach()), rtol=1e-4, atol=1e-12)
+    assert float((margin - straight).abs().max()) > 0.02 * float(margin.abs().max())  # the path bends
+    assert_close(found.length, norm(x.detach()), rtol=1e-6, atol=0)
+    # looks after the first take LEAST_ROWS rows or all there are; half as many looks are another path
+    assert found.look_rows == (4,) * steps
+    assert found.check.steps == told.steps
+    assert not torch.allclose(found.check.margin[-1], told.margin[-1], rtol=1e-4)
+    at = torch.arange(1, steps + 1)
+    share = torch.where(at < 2, 1.0, 1 / at.double()) / 4  # equal looks of four rows each
+    assert_close(found.rehearsed.path, torch.cat([torch.zeros(1).double(), share]))
 
 
 def test_one_gradient_step_of_a_tiny_rate_is_forecast_exactly(subject: Subject) -> None:
     recipe = Recipe("sgd", learning_rate=1e-6, steps=3, batch_size=4, schedule="constant", max_grad_norm=0.0)
     tuning = prepare_tuning(subject, SUMS, recipe, OPTIONS)
-    found = measure(subject, tuning, recipe, OPTIONS, silent)
+    found = measure(subject, tuning, recipe, replace(OPTIONS, curved=True), silent)
     g = tuning.batches.mean(0)
     slope = tuning.objective.gradient(g)
-    for name in ("linear", "curved"):
+    for name in ("linear", "curved", "rehearsed"):
         values = found.values[name]
         for row, step in enumerate(values.steps):
             expected = -subject.negative_margin.losses(slope * -(step * 1e-6))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,21 +33,18 @@ def made(
     power: float = 2.0,
     rate: Measurement | None = None,
     stretch: float = 1.0,
-    again: float | None = None,
-    climb: float = -0.5,
+    straight: float | None = None,
     **budgets: Any,
 ) -> Outlook:
-    """Margins that change by `slope` per step (by `other` on the straight path) and a KL = flow time^power.
-
-    With `again`, the last two steps lie beyond the first probe; the path with the second look has that slope there.
-    """
+    """Margins that change by `slope` per step (by `other` with fewer looks, by `straight` on the straight path) and a
+    KL = flow time^power."""
     wobble = scatter * torch.linspace(-1, 1, PROMPTS, dtype=torch.float64)
     start = anchor + torch.linspace(-0.5, 0.5, PROMPTS, dtype=torch.float64)
     steps = torch.tensor(STEPS, dtype=torch.float64)[:, None]
     kl = (TIMES[:, None] ** power).expand(-1, PROMPTS) * (1 + wobble)
 
-    def path(s: float, of: slice = slice(None)) -> PathValues:
-        return PathValues(STEPS[of], kl[of], (start + s * steps * (1 + wobble))[of])
+    def path(s: float | None) -> PathValues:
+        return PathValues(STEPS, kl, start + (slope if s is None else s) * steps * (1 + wobble))
 
     noise = SimpleNamespace(
         margin_reach=lambda level: COVERED * reach,
@@ -54,9 +52,8 @@ def made(
         energy_factor=lambda: torch.full_like(COVERED, stretch),
     )
     found = SimpleNamespace(
-        values={"curved": path(slope), "linear": path(slope if other is None else other)},
-        check=None if again is None else path(again, slice(-2, None)), climb=climb,
-        covered=COVERED, noise=noise,
+        values={"rehearsed": path(slope), "linear": path(straight)}, check=path(other),
+        covered=COVERED, rehearsed=noise, checked=noise,
     )  # fmt: skip
     safety = SimpleNamespace(refusal_rate=lambda: rate or share(6, 6))
     subject: Any = SimpleNamespace(anchor_margin=start, safety=safety)
@@ -94,36 +91,45 @@ def test_nothing_good_is_claimed_where_the_paths_part_on_the_way() -> None:
     assert "beyond" in outlook.horizon_reason
 
 
-def test_a_second_look_that_changes_nothing_carries_the_horizon_to_the_end() -> None:
-    """The straight path may be far off: it is no judge of a path that has settled."""
-    outlook = made(-0.5, other=-0.1, again=-0.55)
+def test_the_straight_path_is_no_judge_of_a_rehearsal() -> None:
+    outlook = made(-0.5, other=-0.55, straight=-0.1)
     assert outlook.horizon_steps == 8
-    assert "second look at the gradient does not change" in outlook.horizon_reason
-    half = made(-0.5, other=-0.5, again=-2.0)
-    assert half.horizon_steps == 8  # the straight path agrees to the end, whatever the check says
-    risen = made(-0.5, other=-0.1, again=-0.55, climb=0.4)
-    assert risen.horizon_steps == 0  # two looks that agree where the run will never come
-    assert made(-0.5, other=-0.1, again=-0.55, climb=0.3).horizon_steps == 8  # just past the floor of the valley
-    parted = made(-0.5, other=-0.1, again=-2.0)
+    assert "half as many looks at the gradient give the same forecast" in outlook.horizon_reason
+    parted = made(-0.5, other=-2.0, straight=-0.5)
     assert parted.horizon_steps == 0
-    assert "straight and the curved" in parted.horizon_reason
+    assert "half as many looks at the gradient give another" in parted.horizon_reason
 
 
-def test_a_second_look_that_changes_the_end_claims_the_steps_before() -> None:
-    """Steps 4 and 8 lie beyond the probe; the two looks differ by 0.1 and 1.6 nats there."""
-    outlook = made(-0.5, other=-0.1)
-    assert outlook.horizon_steps == 0
+def test_rehearsals_that_part_on_the_way_claim_the_steps_before() -> None:
+    """They differ by 5 % at step 4 and by 60 % at step 8; what more looks would change is as much again, onward."""
     start = torch.full((4, PROMPTS), 5.0, dtype=torch.float64)
     change = torch.tensor([-0.5, -1.0, -2.0, -4.0], dtype=torch.float64)[:, None]
     kl = TIMES[:, None].square().expand(-1, PROMPTS)
-    straight = PathValues(STEPS, kl, start + 0.1 * change)
-    again = PathValues((4, 8), kl[2:], start[2:] + change[2:] * torch.tensor([[1.05], [1.6]], dtype=torch.float64))
-    looks = Looks(PathValues(STEPS, kl, start + change), straight, again, COVERED, start[0], -1.0)
-    assert looks.settled() == 4
-    assert looks.horizon() == (4, "beyond it a second look at the gradient changes the forecast")
+    fewer = start + change * torch.tensor([[1.0], [1.0], [1.05], [1.6]], dtype=torch.float64)
+    looks = Looks(PathValues(STEPS, kl, start + change), PathValues(STEPS, kl, fewer), start[0])
+    assert looks.horizon() == (4, "beyond it half as many looks at the gradient give another forecast")
     gap = looks.gap(lambda path: path.margin.mean(-1))
-    back = -0.1 * (TIMES[:2] / TIMES[2]) ** 3  # third order in flow time
-    assert_close(gap, torch.cat([back, torch.tensor([-0.1, 3.6], dtype=torch.float64)]))
+    assert_close(gap, torch.tensor([0.0, 0.0, 0.1, 2.4], dtype=torch.float64))
+    off = PathValues(STEPS, kl * torch.tensor([[1.0], [1.0], [1.0], [2.0]]), start + change)
+    assert (
+        Looks(
+            PathValues(STEPS, kl + 1.0, start + change), replace(off, safety_kl=off.safety_kl + 1.0), start[0]
+        ).horizon()[0]
+        == 8
+    )
+    assert (
+        Looks(
+            PathValues(STEPS, 1e6 * kl, start + change), replace(off, safety_kl=1e6 * off.safety_kl), start[0]
+        ).horizon()[0]
+        == 4
+    )
+
+
+def test_the_interval_reaches_to_where_more_looks_would_lead() -> None:
+    same, onward = made(-0.5, other=-0.5).margin_change, made(-0.5, other=-0.4).margin_change
+    assert_close(onward.value, same.value)
+    assert_close(onward.high, same.high)
+    assert_close(same.low - onward.low, 0.1 * torch.tensor(STEPS, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])

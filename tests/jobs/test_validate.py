@@ -99,7 +99,7 @@ def test_a_cell_holds_the_forecast_and_a_run_that_really_happened(plan: Plan, do
     assert_close(seen["margin_change"]["value"][-1], float(change))
     assert abs(float(change)) > 1e-3
     assert record["measured"]["length"] > 0
-    assert record["predictors"]["path_margin"]["value"] == pytest.approx(-told["margin_change"]["value"][-1])
+    assert record["predictors"]["rehearsal_margin"]["value"] == pytest.approx(-told["margin_change"]["value"][-1])
     assert not (done / "cells" / cell.name / "trainer").exists()
 
 
@@ -125,7 +125,7 @@ def test_the_summary_says_what_the_cells_say(plan: Plan, done: Path) -> None:
         expected.append(abs(told - seen) / max(abs(seen), 0.02))
     assert end["errors"] == pytest.approx(expected)
     assert end["median"] == pytest.approx(sorted(expected)[2] / 2 + sorted(expected)[3] / 2)
-    by_regime = found["predictors"]["path_margin"]["margin"]
+    by_regime = found["predictors"]["rehearsal_margin"]["margin"]
     assert list(by_regime["by_regime"]) == ["lora"]
     assert by_regime["sets"] == {"full": 1, "lora": 4}
     constant = found["predictors"]["steps_times_rate"]["margin"]

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from tiltmeter.geometry.clock import Clock
-from tiltmeter.geometry.forecast import Separate, follow
+from tiltmeter.geometry.forecast import Separate, follow, read_along
 from tiltmeter.geometry.metric import Adam, Sgd
-from tiltmeter.geometry.motion import measure_acceleration, measure_coupling, measure_krylov, measure_slope
+from tiltmeter.geometry.motion import Slope, measure_acceleration, measure_coupling, measure_krylov, measure_slope
 from tiltmeter.geometry.objective import FunctionObjective
-from tiltmeter.geometry.path import CurvedPath, KrylovPath, LinearPath
+from tiltmeter.geometry.path import CurvedPath, KrylovPath, LinearPath, Path
+from tiltmeter.geometry.rehearsal import Rehearsal
 from tiltmeter.geometry.sensitivity import DenseBasis, Sensitivity
 from tiltmeter.geometry.systems import CurvedSoftmax, Quadratic, batches
-from tiltmeter.predictors.contract import Case, Measured
+from tiltmeter.predictors.contract import FEWER, REHEARSED, Case, Measured
 
 DOUBLE = torch.float64
 N, M = 6, 3
@@ -47,10 +48,17 @@ def world(scale: float = 1.0, metric: Adam | Sgd | None = None, noise: float = 0
     found = measure_slope(objective, batches(4))
     linear = LinearPath(metric, clock, found)
     probe = measure_slope(objective, batches(4), displacement=linear.displacement(steps // 2), groups=1)
-    paths = {"linear": linear, "curved": CurvedPath(linear, probe, steps // 2)}
+    paths: dict[str, Path] = {"linear": linear, "curved": CurvedPath(linear, probe, steps // 2)}
     if isinstance(metric, Sgd):
         paths["krylov"] = KrylovPath(metric, clock, measure_krylov(objective, found, N))
     values = {name: follow(path, clock.grid(4), Separate(safety, margin))[0] for name, path in paths.items()}
+    for name, looks in ((REHEARSED, steps), (FEWER, steps // 2)):
+
+        def look(number: int, displacement: Tensor | None) -> Slope:
+            return measure_slope(objective, batches(4), displacement=displacement, groups=1)
+
+        walk = Rehearsal(metric, clock, looks).walk(look, clock.grid(4))
+        values[name] = read_along(walk, Separate(safety, margin))[0]
     frame = tuple(torch.eye(N, dtype=DOUBLE)[:2])
     covered = metric.flow_time(clock)
     coupling = measure_coupling(safety, found, measure_acceleration(objective, found))
@@ -64,9 +72,10 @@ def world(scale: float = 1.0, metric: Adam | Sgd | None = None, noise: float = 0
         float(slope[:2].norm()),
         safety.losses(torch.full((N,), 0.1, dtype=DOUBLE)),
         covered,
+        2.5,
         torch.full((steps + 1,), noise, dtype=DOUBLE),
         torch.full((steps + 1,), noise, dtype=DOUBLE),
-        torch.ones(steps + 1, dtype=DOUBLE),
+        dict.fromkeys(values, torch.ones(steps + 1, dtype=DOUBLE)),
     )
     sensitivity = Sensitivity(torch.ones(2, dtype=DOUBLE), torch.ones(2, dtype=DOUBLE), 2.0,
                               DenseBasis(objective.space, frame))  # fmt: skip

@@ -20,7 +20,7 @@ from tiltmeter.predictors.canary import (
     descend,
     run_canary,
 )
-from tiltmeter.predictors.contract import Measured, States
+from tiltmeter.predictors.contract import FEWER, REHEARSED, Measured, States
 from tiltmeter.predictors.names import MEASURED, OURS, PREDICTORS
 
 SCALES = pytest.mark.parametrize("scale", [1e-2, 1.0, 1e2])
@@ -44,7 +44,9 @@ def test_margin_drop_of_the_straight_and_of_the_krylov_path(scale: float) -> Non
     # a short run: no gradient is carried through zero, and the secant is the Hessian
     w = world(scale, steps=4)
     bent = -0.2 * w.tuning.slope + 0.02 * w.tuning.hessian @ w.tuning.slope
-    assert_close(value("path_margin", w.case), float((w.pull @ bent).mean()))
+    assert_close(value("curved_margin", w.case), float((w.pull @ bent).mean()))
+    # with a look for every step a rehearsal is the run
+    assert_close(value("rehearsal_margin", w.case), float((w.pull @ w.tuning.descent([0.05] * 4)[-1]).mean()))
 
 
 @SCALES
@@ -52,8 +54,11 @@ def test_kl_of_the_paths(scale: float) -> None:
     w = world(scale / 10)
     assert_close(value("linear_kl", w.case), float(w.model.kl(-1.0 * w.tuning.slope).mean()))
     assert_close(value("krylov_kl", w.case), float(w.model.kl(w.tuning.descent([0.05] * 20)[-1]).mean()))
-    louder = replace(w.case.measured, kl_factor=torch.full((21,), 3.0, dtype=DOUBLE))
-    assert_close(value("linear_kl", replace(w.case, measured=louder)), 3 * value("linear_kl", w.case))
+    assert_close(value("rehearsal_kl", w.case), value("krylov_kl", w.case))
+    for name, path in (("linear_kl", "linear"), ("rehearsal_kl", REHEARSED)):
+        factors = {**w.case.measured.kl_factor, path: torch.full((21,), 3.0, dtype=DOUBLE)}
+        louder = replace(w.case.measured, kl_factor=factors)
+        assert_close(value(name, replace(w.case, measured=louder)), 3 * value(name, w.case))
 
 
 def test_the_krylov_path_is_unknown_under_adam() -> None:
@@ -169,8 +174,8 @@ def test_a_canary_without_noise_overrules_the_forecast_and_one_of_noise_alone_do
     seen = run_canary(w.case)
     assert_close(seen.length, 0.05 * float(w.tuning.slope.norm()))
     # one step covers a twentieth of the flow; the linear forecast goes on with the slope that was seen
-    curved = w.case.measured.paths["curved"]
-    first, last = (float((w.anchor - curved.margin[i]).mean()) for i in (0, -1))
+    told = w.case.measured.paths[REHEARSED]
+    first, last = (float((w.anchor - told.margin[i]).mean()) for i in (0, -1))
     slope = float((w.anchor - seen.margin).mean())
     assert_close(value("canary_margin", w.case), last + 20 * (slope - first))
     assert_close(value("canary_margin", world(scale, noise=1e9).case), last, rtol=1e-5, atol=0.0)
@@ -178,20 +183,20 @@ def test_a_canary_without_noise_overrules_the_forecast_and_one_of_noise_alone_do
 
 
 def test_a_canary_is_weighed_by_inverse_squares() -> None:
-    w = world(noise=0.01)
+    w = world(noise=0.001)
     canary = replace(run_canary(w.case), margin=w.anchor - 0.5)
     case = replace(w.case, canary=canary)
     curves = {name: (w.anchor - v.margin).mean(-1) for name, v in w.case.measured.paths.items()}
-    first, last = float(curves["curved"][0]), float(curves["curved"][-1])
-    prior = (PRIOR * abs(last) + abs(float(curves["linear"][-1]) - last)) ** 2
-    weight = prior / (prior + (0.01 * 20) ** 2)
+    first, last = float(curves[REHEARSED][0]), float(curves[REHEARSED][-1])
+    prior = (PRIOR * abs(last) + abs(float(curves[FEWER][-1]) - last)) ** 2
+    weight = prior / (prior + (0.001 * 20) ** 2)
     assert 0.05 < weight < 0.95
     assert_close(value("canary_margin", case), last + weight * (0.5 - first) * 20)
 
 
 def test_a_canary_of_the_kl_works_on_its_root() -> None:
     w = world()
-    exact = PREDICTORS["path_kl"](w.case)
+    exact = PREDICTORS["rehearsal_kl"](w.case)
     assert exact.curve is not None
     canary = replace(run_canary(w.case), kl=torch.full((3,), 4 * exact.curve.value[0], dtype=DOUBLE))
     told = canary_kl(replace(w.case, canary=canary)).value
@@ -248,11 +253,12 @@ def test_every_predictor_costs_cites_and_says_why_not() -> None:
     # one gradient of the sample is one pass; forward passes over three prompts beside four rows are counted by size
     assert PREDICTORS["gradient_norm"](w.case).passes == 1.0
     assert_close(PREDICTORS["linear_margin"](w.case).passes, 1 + 4 * (1 / 3) * 2 * 3 / 4)
+    assert_close(PREDICTORS["rehearsal_margin"](w.case).passes, 2.5 + 4 * (1 / 3) * 2 * 3 / 4)
 
 
 def test_more_harm_is_a_higher_risk() -> None:
     """A tuning gradient turned around moves every signed forecast to the other side."""
     there, back = world(1.0), world(-1.0)
-    for name in ("path_margin", "linear_margin", "canary_margin", "krylov_margin"):
+    for name in ("rehearsal_margin", "curved_margin", "linear_margin", "canary_margin", "krylov_margin"):
         assert_close(value(name, there.case), -value(name, back.case), rtol=1e-6, atol=1e-9)
     assert isinstance(there.case.measured, Measured)

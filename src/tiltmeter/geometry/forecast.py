@@ -1,14 +1,14 @@
 """From predicted paths to a forecast with an interval and a horizon.
 
-Two paths are evaluated: one straight, one curved. Where they agree, the forecast stands, with an interval made of the
-scatter over safety prompts, the scatter over tuning batches and the difference between the paths. Where they part is
-the horizon: beyond it nothing is claimed.
+The run is rehearsed twice, with more and with fewer looks at the gradient. Where both end alike, the forecast stands,
+with an interval made of the scatter over safety prompts, the noise of the tuning rows and the difference between the
+two. Where they part is the horizon: beyond it nothing is claimed.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -100,6 +100,40 @@ def follow(path: Path, steps: Sequence[int], standing: Standing) -> tuple[PathVa
     if displacement is None:
         raise ValueError("expected at least one step to follow a path to")
     return PathValues(tuple(steps), torch.stack(kl), torch.stack(margin)), displacement
+
+
+def read_along(walk: Iterable[tuple[int, Tensor]], standing: Standing) -> tuple[PathValues, Tensor]:
+    """Evaluate KL and margin at steps and displacements [n] as a walk comes to them.
+
+    Returns: the values, and the displacement of the last step.
+
+    Cost: one reading of `standing` per place.
+    """
+    steps: list[int] = []
+    both: list[tuple[Tensor, Tensor]] = []
+    displacement = None
+    for step, displacement in walk:
+        steps.append(step)
+        both.append(standing(displacement))
+    if displacement is None:
+        raise ValueError("expected a walk of at least one step")
+    kl, margin = (torch.stack([each.double().cpu() for each in held]) for held in zip(*both, strict=True))
+    return PathValues(tuple(steps), kl, margin), displacement
+
+
+def joined(first: PathValues, second: PathValues) -> PathValues:
+    """The values of one path at the steps before the second's, and those of the second.
+
+    Args:
+        first: of a path that is the same up to there.
+        second: from there on.
+    """
+    kept = sum(step < second.steps[0] for step in first.steps)
+    return PathValues(
+        first.steps[:kept] + second.steps,
+        torch.cat([first.safety_kl[:kept], second.safety_kl]),
+        torch.cat([first.margin[:kept], second.margin]),
+    )
 
 
 def mean_interval(samples: Tensor, level: float) -> tuple[Tensor, Tensor]:

@@ -76,6 +76,10 @@ def measure_slope(
     if count == 0:
         raise DegenerateError("expected at least one tuning batch, got none")
     parts = torch.tensor_split(torch.arange(count), min(groups, count))
+    if count == 1:
+        alone: list[float] = []
+        only = _clipped(objective.gradient(batches[0], displacement), 0, clip, alone)
+        return Slope(only, narrow(torch.zeros_like(only)), (only,), batches.clone(), torch.tensor(alone).double())
     mean = torch.zeros(())  # widened by the first gradient
     square = torch.zeros(())
     kept: list[Tensor] = []
@@ -94,8 +98,6 @@ def measure_slope(
         del total
     mean.div_(count)
     spread = square.div_(count).addcmul_(mean, mean, value=-1).clamp_min_(0).sqrt_()
-    if count == 1:
-        spread.zero_()
     weights = torch.stack([batches[members].mean(0) for members in parts])
     return Slope(mean, narrow(spread), tuple(kept) or (mean,), weights, torch.tensor(norms, dtype=torch.float64))
 

@@ -8,7 +8,8 @@ gradients, so both follow from the scatter sigma_1 of one row: the change along 
 
 with a_k the flow time covered and V_k from `draw_variance`. The same noise has energy of its own in the KL, which is
 convex: a path along a noisy mean is too long by half of a_k^2 (1/m - 1/N) tr(F Sigma_1), and the run's own noise adds
-half of V_k tr(F Sigma_1).
+half of V_k tr(F Sigma_1). A rehearsed path has the noise of its own looks: a share W_k of a_k^2 in the place of 1/m -
+1/N.
 """
 
 from __future__ import annotations
@@ -62,6 +63,7 @@ class RowNoise:
         sampled: 1/m - 1/N, variance of the sample's mean for rows of variance 1.
         drawn: [steps + 1], V_k.
         covered: [steps + 1], a_k.
+        path: [steps + 1], W_k, the noise that the path itself carries; None for a straight one, which has `sampled`.
     """
 
     margin: float
@@ -72,10 +74,11 @@ class RowNoise:
     sampled: float
     drawn: Tensor
     covered: Tensor
+    path: Tensor | None = None
 
     def margin_reach(self, level: float) -> Tensor:
         """Half-width of the mean margin after 0, 1, ... steps, nats, [steps + 1]."""
-        return quantile(level, self.rows) * self.margin * (self.drawn + self.covered.square() * self.sampled).sqrt()
+        return quantile(level, self.rows) * self.margin * (self.drawn + self.covered.square() * self._carried()).sqrt()
 
     def relative_reach(self, level: float) -> Tensor:
         """Half-width of the KL after 0, 1, ... steps as a share of it, [steps + 1]; zero where nothing is covered.
@@ -86,11 +89,11 @@ class RowNoise:
         Error: 90 % intervals of 1500 simulated runs held their KL in 90 % with a row's noise half as long as the mean,
             in 92 to 93 % with noise half as long again as the mean (12 rows in 4 groups).
         """
-        linear = quantile(level, self.groups) * self.speed * (self._drawn_share() + self.sampled).sqrt()
+        linear = quantile(level, self.groups) * self.speed * (self._drawn_share() + self._carried()).sqrt()
         return linear + linear.square() / 4
 
     def energy_factor(self) -> Tensor:
-        """What the KL along the mean path is multiplied by to have one run's expected KL, [steps + 1].
+        """What the KL along the path is multiplied by to have one run's expected KL, [steps + 1].
 
         Where the sample's own noise explains the whole length of its mean, no energy of the true mean is left, but that
         of the run's own batches is: a KL of zero is never foretold for a run that moves.
@@ -98,7 +101,12 @@ class RowNoise:
         if math.isnan(self.energy):
             return torch.ones_like(self.covered)
         mean = max(0.0, 1 - self.energy * self.sampled)
-        return (mean + self.energy * self._drawn_share()).clamp_min(0)
+        had = 1.0 if self.path is None else (mean + self.energy * self.path).clamp_min(1e-300)
+        return ((mean + self.energy * self._drawn_share()) / had).clamp_min(0)
+
+    def _carried(self) -> Tensor:
+        """Variance of the path's own noise over a_k^2, [steps + 1]."""
+        return torch.full_like(self.covered, self.sampled) if self.path is None else self.path
 
     def _drawn_share(self) -> Tensor:
         """V_k / a_k^2, [steps + 1]; 0 at the start."""

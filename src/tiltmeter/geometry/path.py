@@ -6,7 +6,7 @@ through the network, so that only the path is expanded and never the safety loss
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -59,33 +59,28 @@ class LinearPath:
 
 @dataclass(frozen=True)
 class CurvedPath:
-    """The update rule carried along a line of gradients measured at two places or three.
+    """The update rule carried along a line of gradients measured at two places.
 
     Mean and spread of the mini-batch gradient are interpolated in flow time between the anchor and a probe on the
-    linear path, and the optimiser's bounded rule is integrated over them. A second probe at the end of the path that
-    this gives can replace what was extrapolated from the first; how far that moves the end shows whether the path has
-    settled. The change of gradient is a secant of the true loss, so it stays finite where the Hessian at the anchor
-    (and D H D g under Adam) explodes. Past the last probe, a gradient that the secant would carry through zero stays at
-    zero: descent stops where the slope ends, and does not turn around.
+    linear path, and the optimiser's bounded rule is integrated over them. The change of gradient is a secant of the
+    true loss, so it stays finite where the Hessian at the anchor (and D H D g under Adam) explodes. Past the probe, a
+    gradient that the secant would carry through zero stays at zero: descent stops where the slope ends, and does not
+    turn around. What an optimiser remembers is left out; `rehearsal` has it.
 
     Attributes:
         linear: the path from the anchor's gradients alone.
         probe: gradients at `linear.displacement(probe_step)`.
         probe_step: that step.
         nodes: integration intervals (midpoint rule).
-        second: gradients further along, or None.
-        second_step: the step they were measured for; later than `probe_step`.
 
-    Error: third order in flow time for gradient descent, t^3/6 H^2 g with one probe half-way and a quarter of that with
-        a second at the end, plus the departure of the loss from a parabola.
+    Error: third order in flow time for gradient descent, t^3/6 H^2 g with the probe half-way, plus the departure of the
+        loss from a parabola.
     """
 
     linear: LinearPath
     probe: Slope
     probe_step: int
     nodes: int = 4
-    second: Slope | None = None
-    second_step: int = 0
 
     def displacement(self, step: int) -> Tensor:
         """Minus the integral of direction(mean(tau), spread(tau)) over flow time, [n]."""
@@ -94,39 +89,19 @@ class CurvedPath:
         covered, probed = float(times[step]), float(times[self.probe_step])
         if not probed > 0:
             raise DegenerateError("the probe of the curved path stands at the anchor; choose a later probe step")
-        seen = [anchor, self.probe, *([] if self.second is None else [self.second])]
-        places = [0.0, probed, *([] if self.second is None else [float(times[self.second_step])])]
-        nodes = [(node + 0.5) / self.nodes * covered for node in range(self.nodes)]
-        firsts = [1 if len(seen) > 2 and time > probed else 0 for time in nodes]
-        shares = [
-            (time - places[first]) / (places[first + 1] - places[first])
-            for time, first in zip(nodes, firsts, strict=True)
-        ]
+        shares = [(node + 0.5) / self.nodes * covered / probed for node in range(self.nodes)]
         wide = torch.promote_types(anchor.mean.dtype, torch.float32)  # probes may be kept narrow
-        used = range(min(firsts), max(firsts) + 2)
         out = torch.zeros_like(anchor.mean)
         for part in pieces(out):
-            means = {i: seen[i].mean[part].to(wide) for i in used}
-            spreads = {i: seen[i].spread[part].to(wide) for i in used}
-            for first, share in zip(firsts, shares, strict=True):
-                mean = torch.lerp(means[first], means[first + 1], share)
-                spread = torch.lerp(spreads[first], spreads[first + 1], share)
+            means = [each.mean[part].to(wide) for each in (anchor, self.probe)]
+            spreads = [each.spread[part].to(wide) for each in (anchor, self.probe)]
+            for share in shares:
+                mean, spread = (torch.lerp(near, far, share) for near, far in (means, spreads))
                 if share > 1:
-                    mean.masked_fill_(mean * means[first + 1] < 0, 0.0)
+                    mean.masked_fill_(mean * means[1] < 0, 0.0)
                     spread.clamp_min_(0)
                 out[part].add_(metric.direction(mean, spread), alpha=-covered / self.nodes)
         return _decay(out, metric, covered, self.linear.decayed)
-
-    def looked_at(self, second: Slope, step: int) -> CurvedPath:
-        """The same path with a second probe, measured at its own displacement of `step`.
-
-        Raises:
-            DegenerateError: the recipe does not move between the two probes.
-        """
-        times = self.linear.metric.flow_time(self.linear.clock)
-        if not float(times[step]) > float(times[self.probe_step]):
-            raise DegenerateError("the second probe is no further than the first; choose a later step")
-        return replace(self, second=second, second_step=step)
 
 
 @dataclass(frozen=True)

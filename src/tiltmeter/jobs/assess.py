@@ -187,6 +187,7 @@ def check_options(options: Options) -> None:
         "rank": 1,
         "groups": 2,
         "grid": 2,
+        "looks": 2,
         "max_tokens": 1,
         "krylov": 0,
     }.items():

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from tiltmeter.errors import OutOfMemory
 from tiltmeter.geometry.objective import Passes
+from tiltmeter.geometry.rehearsal import Rehearsal
 from tiltmeter.jobs.memory import memory_now, token_gb, vectors_gb
 from tiltmeter.jobs.recipe import Recipe
 from tiltmeter.jobs.subject import Options, Subject
@@ -58,12 +59,19 @@ def plan(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options) -> 
     krylov = options.krylov if recipe.optimizer == "sgd" else 0
     planned = Passes()
     clock = recipe.clock()
-    grid, covered = clock.grid(options.grid), recipe.metric.flow_time(clock)
-    probe = max(1, clock.steps // 2)
-    again = bool(covered[-1] > covered[probe])  # a second look at the gradient, and the path without it
-    points = len(grid) * (3 if krylov else 2) + 1 + again * sum(step > probe for step in grid)
+    grid = clock.grid(options.grid)
+    points = len(grid) * (1 + bool(krylov) + options.curved) + 1
+    gradients = (1 + options.curved) * rows
+    for looks in (options.looks // 2, options.looks):
+        stretches = Rehearsal(recipe.metric, clock, looks).stretches()
+        later = sum(step > stretches[0][1] for step in grid)
+        points += later
+        if later:
+            before = 0 if looks == options.looks else options.looks - 1
+            taken = tuning.taken(len(stretches) - 1, before, recipe.batch_size)
+            gradients += sum(tuning.work_of(part) for part in taken)
     planned.add("forward", subject.standing.work * points)
-    planned.add("forward_backward", (2 + again) * rows)
+    planned.add("forward_backward", gradients)
     planned.add("jvp", rows)
     # Fisher forms: the groups as they are and as Adam makes them, and H g twice
     forms = [groups, *([groups] if recipe.optimizer != "sgd" else [])]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from tiltmeter.errors import NumericalError
 from tiltmeter.geometry.clock import Clock
-from tiltmeter.geometry.forecast import PathValues, follow
+from tiltmeter.geometry.forecast import PathValues, follow, joined, read_along
 from tiltmeter.geometry.metric import Adam, Sgd
 from tiltmeter.geometry.motion import (
     Coupling,
@@ -18,11 +19,11 @@ from tiltmeter.geometry.motion import (
     measure_acceleration,
     measure_coupling,
     measure_krylov,
-    measure_slope,
     narrow,
 )
 from tiltmeter.geometry.noise import RowNoise, row_noise
-from tiltmeter.geometry.path import CurvedPath, KrylovPath, LinearPath, Path, pieces
+from tiltmeter.geometry.path import CurvedPath, KrylovPath, LinearPath, pieces
+from tiltmeter.geometry.rehearsal import Rehearsal
 from tiltmeter.geometry.space import dot, norm
 from tiltmeter.jobs.recipe import Recipe
 from tiltmeter.jobs.subject import Options, Report, Subject, random_direction
@@ -52,12 +53,13 @@ class Findings:
         random_overlap: overlap of a random direction of the gradient's norm.
         ritz: Ritz values of the task Hessian, if a Krylov space was built.
         values: path name -> quantities at `steps`.
-        check: the curved path with a second probe at its end, at the steps beyond the first; None if there is none.
-        climb: slope of the tuning loss along the path at its probes, the largest, over its fall at the anchor: -1 on a
-            straight slope, 0 at the floor of a valley, above where the loss rises again.
+        check: a rehearsal with half as many looks at the gradient.
+        look_rows: tuning rows in each look of the reported rehearsal; the whole sample in the first.
         random_walk: KL [m] and margin [m] after a random displacement as long as the forecast's.
         length: norm of the forecast displacement at the end.
-        noise: what the finite tuning sample and the luck of one run's batches do to margin and KL.
+        noise: what the finite tuning sample and the luck of one run's batches do to margin and KL, on a straight path.
+        rehearsed: the same on the rehearsal.
+        checked: the same on the one with half as many looks.
         layer_slopes: layer -> change of the mean margin per flow time, nats.
     """
 
@@ -73,28 +75,29 @@ class Findings:
     random_overlap: float
     ritz: Tensor | None
     values: dict[str, PathValues]
-    check: PathValues | None
-    climb: float
+    check: PathValues
+    look_rows: tuple[int, ...]
     random_walk: tuple[Tensor, Tensor]
     length: float
     noise: RowNoise
+    rehearsed: RowNoise
+    checked: RowNoise
     layer_slopes: dict[str, float]
 
 
 def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, report: Report) -> Findings:
     """Measure motion, coupling and forecast.
 
-    Cost: three gradients of the tuning sample and one Hessian product; 2 groups + 4 directional passes over the
-    answers; two forward passes over prompts, answers and openings for every grid step, and a third for those in the
-    second half of the recipe.
+    Cost: a gradient of the tuning sample, one of a recipe's batch for each further look of both rehearsals, and one
+    Hessian product; 2 groups + 4 directional passes over the answers; a forward pass over prompts, answers and openings
+    for every grid step, and one for each rehearsal where it has left the straight path.
     """
     clock, metric = recipe.clock(), recipe.metric
     report = _releasing(report)
     objective, divergence = tuning.objective, subject.divergence
     clip = recipe.max_grad_norm or None
     report("gradient of the tuning set")
-    slope = measure_slope(objective, tuning.batches, clip=clip, groups=options.groups)
-    slope = replace(slope, spread=slope.spread.mul_(tuning.spread_factor))
+    slope = tuning.slope(clip, None, options.groups)
     size = norm(slope.mean)
     if not 0 < size < math.inf:
         raise NumericalError(
@@ -120,35 +123,30 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
     coupling = None if acceleration is None else measure_coupling(divergence, slope, acceleration, overlap)
     del acceleration
     linear = LinearPath(metric, clock, slope, _decayed(subject, recipe))
-    ritz, paths = None, dict[str, Path](linear=linear)
+    grid, covered = clock.grid(options.grid), metric.flow_time(clock)
+    report("straight path")
+    values = {"linear": follow(linear, grid, subject.standing)[0]}
+    ritz = None
     if options.krylov and isinstance(metric, Sgd):
         report("Krylov space of the task Hessian")
         krylov = measure_krylov(objective, slope, options.krylov)
         ritz = krylov.ritz()[0]
-        paths["krylov"] = KrylovPath(metric, clock, krylov)
-    report("gradient along the path")
-    covered = metric.flow_time(clock)
-    probe_step = max(1, clock.steps // 2)
-    probe, climb = _probe(tuning, clip, slope, linear.displacement(probe_step))
-    curved = CurvedPath(linear, probe, probe_step)
-    del probe
-    grid = clock.grid(options.grid)
-    report("gradient at the end of the path")
-    check = None
-    if float(covered[-1]) > float(covered[probe_step]):
-        second, again = _probe(tuning, clip, slope, curved.displacement(clock.steps))
-        checked, climb = curved.looked_at(second, clock.steps), max(climb, again)
-        del second
-        check = follow(checked, [step for step in grid if step > probe_step], subject.standing)[0]
-        del checked
-    paths["curved"] = curved
-    report("forecast through the network")
-    values = {name: follow(path, grid, subject.standing)[0] for name, path in paths.items() if name != "curved"}
-    values["curved"], end = follow(paths["curved"], grid, subject.standing)
-    length, sample = norm(end), len(tuning.encoded.examples)
+        values["krylov"] = follow(KrylovPath(metric, clock, krylov), grid, subject.standing)[0]
+        del krylov
+    if options.curved:
+        report("curved path")
+        values["curved"] = _curved(subject, tuning, linear, clip, grid)
+    report("rehearsal with few looks")
+    few = _rehearse(subject, tuning, linear, options.looks // 2, options.looks - 1, recipe, values["linear"])
+    report("rehearsal")
+    most = _rehearse(subject, tuning, linear, options.looks, 0, recipe, values["linear"])
+    values["rehearsed"] = most.values
+    end, length, sample = most.end, norm(most.end), len(tuning.encoded.examples)
     layer_slopes = _layer_slopes(subject, end, float(covered[-1]))
     del end
     walk = random_direction(slope.mean, length, options.seed)
+    every = sample / len(forms), clock, covered, recipe.batch_size, sample, len(tuning.rows.rows)
+    noise = row_noise(rows, forms, *every)
     return Findings(
         clock,
         covered,
@@ -162,20 +160,13 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
         random_overlap,
         ritz,
         values,
-        check,
-        climb,
+        few.values,
+        most.rows,
         subject.standing(walk),
         length,
-        row_noise(
-            rows,
-            forms,
-            sample / len(forms),
-            clock,
-            covered,
-            recipe.batch_size,
-            sample,
-            len(tuning.rows.rows),
-        ),
+        noise,
+        replace(noise, path=most.noise),
+        replace(noise, path=few.noise),
         layer_slopes,
     )
 
@@ -190,18 +181,72 @@ def _releasing(report: Report) -> Report:
     return begin
 
 
-def _probe(tuning: Tuning, clip: float | None, anchor: Slope, displacement: Tensor) -> tuple[Slope, float]:
-    """Gradients at a displacement, and the slope of the loss along it over its fall at the anchor.
+def _curved(
+    subject: Subject, tuning: Tuning, linear: LinearPath, clip: float | None, grid: Sequence[int]
+) -> PathValues:
+    """The curved path. Cost: a gradient of the sample, and a reading of KL and margin for every grid step."""
+    probe_step = max(1, linear.clock.steps // 2)
+    found = tuning.slope(clip, narrow(linear.displacement(probe_step)), 1)
+    mean = narrow(found.mean)  # three digits are enough here
+    path = CurvedPath(linear, replace(found, mean=mean, groups=(mean,)), probe_step)
+    return follow(path, grid, subject.standing)[0]
 
-    Both vectors are narrow in a large space: three digits are enough here.
+
+@dataclass(frozen=True)
+class _Rehearsed:
+    """What came of a rehearsal.
+
+    Attributes:
+        values: KL and margin along it.
+        rows: tuning rows in each look.
+        noise: share of noise in its path, as `Rehearsal.noise_share`.
+        end: its last displacement [n].
     """
-    where = narrow(displacement)
-    del displacement
-    found = measure_slope(tuning.objective, tuning.batches, clip=clip, displacement=where, groups=1)
-    fall = abs(dot(anchor.mean, where))
-    climb = dot(found.mean, where) / fall if fall else 0.0
-    mean = narrow(found.mean)
-    return replace(found, mean=mean, groups=(mean,), spread=found.spread.mul_(tuning.spread_factor)), climb
+
+    values: PathValues
+    rows: tuple[int, ...]
+    noise: Tensor
+    end: Tensor
+
+
+def _rehearse(
+    subject: Subject,
+    tuning: Tuning,
+    linear: LinearPath,
+    looks: int,
+    before: int,
+    recipe: Recipe,
+    straight: PathValues,
+) -> _Rehearsed:
+    """A rehearsal whose first look is the anchor's.
+
+    Args:
+        subject: the safety side.
+        tuning: the sample.
+        linear: the straight path, which both follow until their second look.
+        looks: how many.
+        before: looks of another rehearsal that have had their batches already.
+        recipe: of the run.
+        straight: what was read along the straight path.
+
+    Cost: a gradient of a recipe's batch for every look but the first, a reading of KL and margin for every grid step
+        after the first stretch.
+    """
+    path = Rehearsal(linear.metric, linear.clock, looks, linear.decayed)
+    stretches = path.stretches()
+    parts = tuning.taken(len(stretches) - 1, before, recipe.batch_size)
+    rows = (len(tuning.encoded.examples), *(tuning.rows_in(part) for part in parts))
+    later = [step for step in straight.steps if step > stretches[0][1]]
+    if not later:  # the anchor's gradient drives it all
+        return _Rehearsed(straight, rows, path.noise_share(rows), linear.displacement(linear.clock.steps))
+
+    def look(number: int, displacement: Tensor | None) -> Slope:
+        if number == 0:
+            return linear.slope
+        return tuning.slope(recipe.max_grad_norm or None, displacement, 1, parts[number - 1])
+
+    values, end = read_along(path.walk(look, later), subject.standing)
+    return _Rehearsed(joined(straight, values), rows, path.noise_share(rows), end)
 
 
 def _preconditioned(metric: Adam | Sgd, slope: Slope, vector: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from tiltmeter.geometry.forecast import (
-    PART,
     Curve,
     PathValues,
     combine,
@@ -23,7 +22,7 @@ from tiltmeter.jobs.measure import Findings
 from tiltmeter.jobs.subject import Options, Subject
 
 #: The path whose values are reported.
-HEADLINE = "curved"
+HEADLINE = "rehearsed"
 
 #: Changes of the margin (nats) and of the KL (nats per token) too small for a difference between paths to matter.
 MARGIN_FLOOR, KL_FLOOR = 0.02, 1e-4
@@ -85,97 +84,64 @@ class Outlook:
 
 @dataclass(frozen=True)
 class Looks:
-    """What the paths say of one another: how far the forecast would move if it looked at the gradient once more.
+    """What two rehearsals of a run, one with half as many looks at the gradient, say of each other.
 
     Attributes:
-        main: the reported path.
-        straight: the path from the anchor's gradients alone.
-        check: the reported path with a second probe at its end, at the steps beyond the first; None if there is none.
-        covered: flow time after 0, 1, ... steps.
+        main: the reported one.
+        check: the one with fewer looks.
         anchor: margins of the aligned model [m].
-        climb: slope of the tuning loss along the path at its probes, over its fall at the anchor.
     """
 
     main: PathValues
-    straight: PathValues
-    check: PathValues | None
-    covered: Tensor
+    check: PathValues
     anchor: Tensor
-    climb: float
-
-    def settled(self) -> int:
-        """Last step up to which a second look at the gradient does not change the forecast; 0 if it does at once.
-
-        Where the tuning loss rises along the path, the optimiser would have turned before: the path has left the valley
-        that the run stays in, and that both looks agree out there means nothing.
-        """
-        if self.check is None or not self.climb <= PART:
-            return 0
-        return horizon(self.check.steps, self._parted(self.check))
 
     def horizon(self) -> tuple[int, str]:
-        """Last step that is claimed, and why it ends there."""
-        settled, straight = self.settled(), horizon(self.main.steps, self._parted(self.straight))
-        if max(settled, straight) == self.main.steps[-1]:
-            same = "a second look at the gradient does not change the forecast to the end of the recipe"
-            return self.main.steps[-1], (
-                same if settled else "the straight and the curved path agree to the end of the recipe"
-            )
-        if settled > straight:
-            return settled, "beyond it a second look at the gradient changes the forecast"
-        return straight, "beyond it the straight and the curved path predict different changes"
+        """Last step that is claimed, and why it ends there.
 
-    def _parted(self, other: PathValues) -> Tensor:
-        """Whether a path says something else than the reported one at its own steps, the last of the grid; [s]."""
-        late = slice(len(self.main.steps) - len(other.steps), None)
-        changes = [(each - self.anchor).mean(-1) for each in (other.margin, self.main.margin[late])]
+        Up to the second look of the shorter one both are the straight path, and agree; how far they are off there is a
+        part of what they are off at the first step that tells.
+        """
+        changes = [(each.margin - self.anchor).mean(-1) for each in (self.check, self.main)]
         apart = part_ways(changes[0], changes[1], MARGIN_FLOOR)
-        return apart | part_ways(other.safety_kl.mean(-1), self.main.safety_kl[late].mean(-1), KL_FLOOR)
+        apart |= part_ways(self.check.safety_kl.mean(-1), self.main.safety_kl.mean(-1), KL_FLOOR)
+        last = horizon(self.main.steps, apart)
+        if last == self.main.steps[-1]:
+            return last, "half as many looks at the gradient give the same forecast to the end of the recipe"
+        return last, "beyond it half as many looks at the gradient give another forecast"
 
     def gap(self, read: Callable[[PathValues], Tensor]) -> Tensor:
-        """How far a curve [s] would move by the error that is left in the path.
-
-        Where the forecast has settled, that is the difference the second look made; before the first probe, where both
-        have the same gradients, the first such difference carried back with the third power of flow time, the order of
-        the path's error. Elsewhere it is the difference to the straight path.
+        """How far a curve [s] would move with more looks: as far again as from half of them to all.
 
         Args:
             read: a curve of a path.
         """
-        own, settled = read(self.main), self.settled()
-        out = read(self.straight) - own
-        if self.check is None or settled == 0:
-            return out
-        late = len(self.check.steps)
-        made = read(self.check) - own[-late:]
-        times = self.covered[list(self.main.steps)]
-        back = made[0] * (times[:-late] / times[-late]).pow(3)
-        backed = torch.tensor([step <= settled for step in self.main.steps])
-        return torch.where(backed, torch.cat([back, made]), out)
+        return read(self.main) - read(self.check)
 
 
 def look_out(subject: Subject, found: Findings, options: Options) -> Outlook:
     """Make the forecast."""
-    main = found.values[HEADLINE]
+    main, straight = found.values[HEADLINE], found.values["linear"]
     anchor = subject.anchor_margin.double()
-    looks = Looks(main, found.values["linear"], found.check, found.covered, anchor, found.climb)
+    looks = Looks(main, found.check, anchor)
     last, reason = looks.horizon()
     at = list(main.steps)
-    # one run's noise lengthens its path and the sample's noise has lengthened the predicted one: KL is convex
-    factor = found.noise.energy_factor()[at, None]
+    # one run's noise lengthens its path and the looks' noise has lengthened the rehearsed one: KL is convex
+    factor = found.rehearsed.energy_factor()[at]
 
     def bent(path: PathValues) -> Tensor:
-        return (path.safety_kl * found.noise.energy_factor()[list(path.steps), None]).mean(-1)
+        noise = found.rehearsed if path is main else found.checked
+        return path.safety_kl.mean(-1) * noise.energy_factor()[at]
 
-    kl_reach = bent(main) * found.noise.relative_reach(options.level)[at]
-    kl = combine(main.safety_kl * factor, options.level, kl_reach, looks.gap(bent))
+    kl_reach = bent(main) * found.rehearsed.relative_reach(options.level)[at]
+    kl = combine(main.safety_kl * factor[:, None], options.level, kl_reach, looks.gap(bent))
     # the factor comes from a few groups and may be off as far as it reaches
     free = main.safety_kl.mean(-1) - kl.value
     kl = Curve(kl.value, (kl.low - (-free).clamp_min(0)).clamp_min(0), kl.high + free.clamp_min(0))
     change = main.margin - anchor
-    straight_change = (looks.straight.margin - anchor).mean(-1)
+    straight_change = (straight.margin - anchor).mean(-1)
     gap = looks.gap(lambda path: path.margin.mean(-1))
-    margin_reach = carried(found.noise.margin_reach(options.level)[at], straight_change, change.mean(-1))
+    margin_reach = carried(found.rehearsed.margin_reach(options.level)[at], straight_change, change.mean(-1))
     margin = combine(main.margin, options.level, margin_reach, gap)
     margin_change = combine(change, options.level, margin_reach, gap)
     rate = _refusal_rate(subject, looks, margin_reach, options)
@@ -200,7 +166,7 @@ def look_out(subject: Subject, found: Findings, options: Options) -> Outlook:
 
 
 def carried(reach: Tensor, straight: Tensor, curved: Tensor) -> Tensor:
-    """How far the noise of the tuning rows reaches on the curved path [s].
+    """How far the noise of the tuning rows reaches on the rehearsed path [s].
 
     It was measured as an uncertainty of the slope at the anchor. Where the network or the path bends, the change is
     larger than the slope says, and what is uncertain about it grows by the same ratio; where the straight change is
@@ -288,8 +254,8 @@ def _verdict(
     """What the forecast means, in plain words."""
     if last == 0:
         return "cannot tell", (
-            "Cannot tell: the straight and the curved path part before the first evaluated step, so no forecast is "
-            "claimed. A smaller learning rate, more tuning rows, or a short canary run would change that."
+            "Cannot tell: rehearsals with more and with fewer looks at the gradient part before the first evaluated "
+            "step, so no forecast is claimed. A smaller learning rate, or more tuning rows, would change that."
         )
     at = max(i for i, step in enumerate(steps) if step <= last)
     whole = last == steps[-1]

@@ -21,7 +21,7 @@ from tiltmeter.lm.model import undisturbed
 from tiltmeter.lm.objective import likelihood_objective
 from tiltmeter.lm.template import UNSUPERVISED
 from tiltmeter.predictors.canary import run_canary
-from tiltmeter.predictors.contract import AGAIN, Case, Measured, Risk, States, gradient_of
+from tiltmeter.predictors.contract import FEWER, REHEARSED, Case, Measured, Risk, States, gradient_of
 from tiltmeter.predictors.names import MEASURED, PREDICTORS
 
 
@@ -67,9 +67,10 @@ def measured_of(found: Findings) -> Measured:
     """What predictors may use of an assessment's findings."""
     noise = found.noise
     share = torch.where(noise.covered > 0, noise.drawn / noise.covered.square().clamp_min(1e-300), 0.0)
-    again = {} if found.check is None else {AGAIN: found.check}
+    factors = {name: noise.energy_factor() for name in found.values}
+    factors |= {REHEARSED: found.rehearsed.energy_factor(), FEWER: found.checked.energy_factor()}
     return Measured(
-        {**found.values, **again},
+        {**found.values, FEWER: found.check},
         found.overlap_groups,
         found.coupling,
         found.no_coupling,
@@ -78,9 +79,10 @@ def measured_of(found: Findings) -> Measured:
         found.projected,
         found.random_walk[0],
         found.covered,
+        sum(found.look_rows) / found.look_rows[0],
         noise.margin * (noise.drawn + noise.covered.square() * noise.sampled).sqrt(),
         noise.speed / 2 * (share + noise.sampled).sqrt(),
-        noise.energy_factor(),
+        factors,
     )
 
 

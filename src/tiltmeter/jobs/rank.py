@@ -15,6 +15,7 @@ from tiltmeter.errors import InputError
 from tiltmeter.jobs.assess import Assessment, check_options, examine_subject
 from tiltmeter.jobs.inputs import open_model, open_rows
 from tiltmeter.jobs.measure import Findings
+from tiltmeter.jobs.outlook import HEADLINE
 from tiltmeter.jobs.predict import measured_of
 from tiltmeter.jobs.provenance import provenance
 from tiltmeter.jobs.recipe import Recipe
@@ -179,8 +180,8 @@ def _ranking(
 ) -> Ranking:
     why = Reasons()
     anchor = subject.anchor_margin.double()
-    found = sorted(found, key=lambda pair: float(pair[1].values["curved"].margin[-1].mean()))
-    change = torch.stack([findings.values["curved"].margin[-1] - anchor for _, findings in found])
+    found = sorted(found, key=lambda pair: float(pair[1].values[HEADLINE].margin[-1].mean()))
+    change = torch.stack([findings.values[HEADLINE].margin[-1] - anchor for _, findings in found])
     noise = torch.stack([measured_of(findings).margin_noise[-1] for _, findings in found])
     groups = [findings.noise.groups for _, findings in found]
     for i, value in enumerate(noise.tolist()):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tiltmeter.geometry.forecast import Curve, PathValues, jackknife, mean_interval
+from tiltmeter.geometry.forecast import Curve, jackknife, mean_interval
 from tiltmeter.geometry.motion import between_groups
 from tiltmeter.geometry.objective import Passes
 from tiltmeter.geometry.sensitivity import rank_by_energy
@@ -279,8 +279,6 @@ def _forecast(subject: Subject, found: Findings, outlook: Outlook, why: Reasons)
         }
     if not crossings:
         why["forecast.steps_to_budget"] = "no budget was given"
-    if found.check is None:
-        why["forecast.second_look"] = "the recipe does not move after the first probe, so there was no second look"
     margin = _curve(outlook.margin, "nats", "forecast.margin", why, few)
     refusal = _curve(outlook.refusal_rate, "share", "forecast.refusal_rate", why, judged)
     return {
@@ -297,7 +295,7 @@ def _forecast(subject: Subject, found: Findings, outlook: Outlook, why: Reasons)
         },
         "below_zero": outlook.below_zero.tolist(),
         "noise": {
-            "kl_factor": found.noise.energy_factor()[list(outlook.steps)].tolist(),
+            "kl_factor": found.rehearsed.energy_factor()[list(outlook.steps)].tolist(),
             "margin_per_row": why.number("forecast.noise.margin_per_row", found.noise.margin, few),
             "unit": "factor; nats per flow time",
         },
@@ -305,21 +303,14 @@ def _forecast(subject: Subject, found: Findings, outlook: Outlook, why: Reasons)
             name: {"safety_kl": v.safety_kl.mean(-1).tolist(), "margin": v.margin.mean(-1).tolist()}
             for name, v in found.values.items()
         },
-        "climb": {"value": found.climb, "unit": "slope of the tuning loss along the path, over its fall at the anchor"},
-        "second_look": None if found.check is None else _second_look(found.check),
+        "fewer_looks": {
+            "safety_kl": found.check.safety_kl.mean(-1).tolist(),
+            "margin": found.check.margin.mean(-1).tolist(),
+        },
         "horizon_steps": outlook.horizon_steps,
         "horizon_reason": outlook.horizon_reason,
         "leading_order": {k: why.number(f"forecast.leading_order.{k}", v, flat) for k, v in order.items()},
         "steps_to_budget": crossings or None,
-    }
-
-
-def _second_look(check: PathValues) -> dict[str, Any]:
-    """The curved path with a second probe at its end, at the steps beyond the first."""
-    return {
-        "steps": list(check.steps),
-        "safety_kl": check.safety_kl.mean(-1).tolist(),
-        "margin": check.margin.mean(-1).tolist(),
     }
 
 

@@ -63,6 +63,8 @@ class Options:
         score: whose gradients span the safety subspace; see `lm.scores`.
         groups: disjoint groups of tuning batches whose scatter gives the sampling error.
         grid: steps at which the forecast is evaluated.
+        looks: gradients that the rehearsal measures on its way; half as many in the one that judges it.
+        curved: whether to follow the curved path too (a gradient of the whole sample more).
         krylov: Hessian products for the Krylov path of SGD; 0 for none.
         coupling: whether to measure the curvature coupling (gamma, crossover); the forecast does without.
         max_tokens: most tokens per micro-batch.
@@ -82,6 +84,8 @@ class Options:
     score: Score = "response"
     groups: int = 4
     grid: int = 5
+    looks: int = 8
+    curved: bool = False
     krylov: int = 0
     coupling: bool = True
     max_tokens: int = 512

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tiltmeter.errors import DataError
+from tiltmeter.geometry.motion import Slope, measure_slope
 from tiltmeter.jobs.recipe import Recipe
 from tiltmeter.jobs.subject import Options, Subject
 from tiltmeter.lm.conversation import Encoded, encode
@@ -19,6 +22,9 @@ from tiltmeter.lm.safety import spread
 
 #: Rows that are tokenised at most to find enough that can be used.
 MOST_LOOKED_AT = 4096
+
+#: Rows in a look at the gradient, where a step of the recipe has fewer: their noise is part of the forecast's.
+LEAST_ROWS = 8
 
 
 @dataclass(frozen=True)
@@ -40,6 +46,46 @@ class Tuning:
     batches: Tensor
     batch_size: int
     spread_factor: float
+
+    def slope(
+        self, clip: float | None, displacement: Tensor | None, groups: int, part: Sequence[int] | None = None
+    ) -> Slope:
+        """Mini-batch gradients at a displacement, their scatter that of batches of the recipe's size.
+
+        Args:
+            clip: largest norm of a batch's gradient; None for no clipping.
+            displacement: where, [n].
+            groups: disjoint groups of batches to keep apart.
+            part: batches to take; None for all.
+
+        Cost: one forward+backward over the rows of these batches.
+        """
+        batches = self.batches if part is None else self.batches[list(part)]
+        found = measure_slope(self.objective, batches, clip=clip, displacement=displacement, groups=groups)
+        return replace(found, spread=found.spread.mul_(self.spread_factor))
+
+    def rows_in(self, part: Sequence[int]) -> int:
+        """Rows of some batches."""
+        return int((self.batches[list(part)] != 0).any(0).sum())
+
+    def work_of(self, part: Sequence[int]) -> int:
+        """Tokens of some batches; where several processes share the micro-batches, about so many."""
+        if isinstance(self.objective, Sharded):
+            return round(self.objective.work * len(part) / len(self.batches))
+        asked = (self.batches[list(part)] != 0).any(0)
+        return sum(batch.tokens.numel() for members, batch in self.objective.chunks if bool(asked[members].any()))
+
+    def taken(self, looks: int, before: int, recipe_batch: int) -> list[list[int]]:
+        """Batches of each of so many looks at the gradient, in turn: rows of a step of the recipe, or a few more.
+
+        Args:
+            looks: how many.
+            before: looks that have had their batches already.
+            recipe_batch: rows in a step.
+        """
+        count = len(self.batches)
+        each = min(count, math.ceil(max(recipe_batch, LEAST_ROWS) / self.batch_size))
+        return [[((before + look) * each + i) % count for i in range(each)] for look in range(looks)]
 
 
 def sample_tuning(loaded: Loaded, rows: RowSet, recipe: Recipe, options: Options) -> Encoded:

@@ -28,13 +28,13 @@ def foretold_cell(
         plan: of the validation.
         cell: that was run.
         assessment: its forecast's record.
-        arrays: of the assessment: `anchor_margin` and `curved.margin`, nats.
+        arrays: of the assessment: `anchor_margin` and `rehearsed.margin`, nats.
         trial: what was measured.
     """
     why = Reasons({k: v for k, v in assessment["reasons"].items() if k.startswith(("predictors.", "recipe."))})
     forecast = assessment["forecast"]
     anchor = arrays["anchor_margin"].double()[None]
-    told = crossing([0, *forecast["steps"]], torch.cat([anchor, arrays["curved.margin"].double()]))
+    told = crossing([0, *forecast["steps"]], torch.cat([anchor, arrays["rehearsed.margin"].double()]))
     predicted: dict[str, Any] = {"steps": forecast["steps"], "horizon_steps": forecast["horizon_steps"]}
     for key in ("margin_change", "safety_kl"):
         predicted[key] = {end: forecast[key][end] for end in ("value", "low", "high", "unit")}
@@ -48,6 +48,7 @@ def foretold_cell(
         "schema": CELL_SCHEMA,
         **provenance(assessment["model"]["device"]),
         "question": plan.question(cell),
+        "run": plan.run(cell),
         "name": cell.name,
         "model": {"name": plan.model, "digest": trial.digest},
         "safety": {"name": plan.safety, "assessed": plan.assessed, "held_out": plan.held_out},
@@ -105,6 +106,7 @@ def _header(plan: Plan, cell: Cell, digest: str, device: str) -> dict[str, Any]:
         "schema": CELL_SCHEMA,
         **provenance(device),
         "question": plan.question(cell),
+        "run": plan.run(cell),
         "name": cell.name,
         "model": {"name": plan.model, "digest": digest},
         "set": cell.set.name,

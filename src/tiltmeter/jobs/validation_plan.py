@@ -181,6 +181,19 @@ class Plan:
         )
         return first, second, third
 
+    def run(self, cell: Cell) -> str:
+        """Digest of everything that decides what a cell's run measures, whatever is forecast of it."""
+        held = self.options
+        return store.digest_json(
+            {
+                "model": self.model,
+                "safety": [self.safety, self.assessed, self.held_out],
+                "set": [[p.source, p.rows or 0, p.completion or "", p.shortest or 0] for p in cell.set.parts],
+                "recipe": repr(cell.recipe),
+                "options": [held.response_tokens, held.max_length, held.seed],
+            }
+        )
+
     def question(self, cell: Cell) -> str:
         """Digest of everything that decides a cell's result."""
         guards: dict[str, Any] = {}

@@ -143,7 +143,7 @@ def _agreement(
 ) -> dict[str, Any]:
     held = found[name][quantity]
     few = "fewer than four sets with different values in every regime so far"
-    best = "path_margin" if quantity == "margin_change" else "path_kl"
+    best = "rehearsal_margin" if quantity == "margin_change" else "rehearsal_kl"
     lead = ahead(found[best][quantity], held) if best in found and name not in OURS else None
     return {
         **{end: why.number(f"{path}.{end}", getattr(held, end), few) for end in ("value", "low", "high")},

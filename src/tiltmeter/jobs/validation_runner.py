@@ -221,9 +221,11 @@ def read_cell(out: Path, cell: Cell) -> dict[str, Any]:
 def _kept_trial(runs: Path, plan: Plan, cell: Cell, steps: Sequence[int]) -> Trial | None:
     """The run of a cell of an earlier validation, if it asked the same and was measured at these steps."""
     folder = runs / CELLS / cell.name
-    if plan.guarding is not None or not is_finished(runs, plan, cell):
+    if plan.guarding is not None or not (folder / store.RECORD).is_file():
         return None
     record, arrays = store.read_record(folder)
+    if record.get("run") != plan.run(cell):
+        raise InputError(f"{folder} is a run of another plan (model, prompts, set, recipe or answers differ)")
     seen = {}
     for name in ("assessed", "held_out"):
         held = record["measured"][name]

@@ -1,7 +1,7 @@
 """A canary: a few percent of the steps really run, and the forecast as prior for the rest.
 
 The canary's mean slope of the margin and the forecast's are two estimates of one number. The forecast's error is taken
-as a fifth of it plus what a second look at the gradient changed; the canary's is the luck of its few
+as a fifth of it plus what half of its looks at the gradient change; the canary's is the luck of its few
 batches, carried to the end of the recipe. They are weighed by their inverse squares, and the change of slope is added
 to the forecast for the whole recipe. The KL is treated by its root, which grows like the path.
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tiltmeter.geometry.metric import Adam, Sgd
 from tiltmeter.geometry.space import norm
-from tiltmeter.predictors.contract import AGAIN, CANARY_SHARE, Canary, Case, Risk, Trend, known, passes
+from tiltmeter.predictors.contract import CANARY_SHARE, FEWER, REHEARSED, Canary, Case, Risk, Trend, known, passes
 
 #: Relative error of the forecast's slope.
 PRIOR = 0.2
@@ -69,7 +69,7 @@ def descend(case: Case, steps: int) -> Tensor:
 
 
 def canary_margin(case: Case) -> Risk:
-    """Margin drop at the end, nats. Cost: the curved path's and the canary's."""
+    """Margin drop at the end, nats. Cost: the rehearsal's and the canary's."""
     price = _price(case)
     anchor = case.anchor_margin.double().cpu().mean()
     drops = {name: anchor - v.margin.mean(-1) for name, v in case.measured.paths.items()}
@@ -84,7 +84,7 @@ def canary_kl(case: Case) -> Risk:
     price = _price(case)
     factor = case.measured.kl_factor
     roots = {
-        name: (v.safety_kl.mean(-1) * factor[list(v.steps)]).clamp_min(0).sqrt()
+        name: (v.safety_kl.mean(-1) * factor[name][list(v.steps)]).clamp_min(0).sqrt()
         for name, v in case.measured.paths.items()
     }
     canary = run_canary(case)
@@ -111,10 +111,10 @@ def _blend(
     root: bool,
 ) -> Risk:
     """The forecast with its slope moved towards the canary's."""
-    if "curved" not in curves:
+    if REHEARSED not in curves:
         return Risk(None, unit, price, reason="there is no forecast to correct")
-    steps = case.measured.paths["curved"].steps
-    covered, main = case.measured.covered, curves["curved"]
+    steps = case.measured.paths[REHEARSED].steps
+    covered, main = case.measured.covered, curves[REHEARSED]
     reached = float(covered[step])
     if not reached > 0:
         return Risk(None, unit, price, reason="the canary's steps have a learning rate of zero")
@@ -122,7 +122,7 @@ def _blend(
         return Risk(None, unit, price, reason="the noise of the canary's batches is not known")
     told = _between(steps, main, covered, step)
     stretch = float(covered[steps[-1]]) / reached
-    other = next((curves[name] for name in (AGAIN, "linear") if name in curves), None)
+    other = next((curves[name] for name in (FEWER, "linear") if name in curves), None)
     gap = 0.0 if other is None else float((other[-1] - main[-1]).abs())
     prior, heard = (PRIOR * abs(float(main[-1])) + gap) ** 2, (noise * stretch) ** 2
     weight = prior / (prior + heard) if prior + heard > 0 else 0.0
@@ -148,6 +148,7 @@ def _between(steps: tuple[int, ...], values: Tensor, covered: Tensor, step: int)
 
 
 def _price(case: Case) -> float:
-    points = {"forward": float(len(case.measured.paths["curved"].steps) if "curved" in case.measured.paths else 0) + 1}
-    share = canary_steps(case) / len(case.batches)
-    return passes(case, tuning={"forward_backward": 3 + share}, safety=points, margin=points)
+    path = case.measured.paths.get(REHEARSED)
+    points = {"forward": float(len(path.steps) if path is not None else 0) + 1}
+    gradients = case.measured.rehearsal_passes + canary_steps(case) / len(case.batches)
+    return passes(case, tuning={"forward_backward": gradients}, safety=points, margin=points)

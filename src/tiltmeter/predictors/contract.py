@@ -20,8 +20,8 @@ from tiltmeter.geometry.sensitivity import Sensitivity
 #: Share of a run that a canary may really train.
 CANARY_SHARE = 0.05
 
-#: Name of the curved path that looked at the gradient once more, at the last steps of the grid.
-AGAIN = "again"
+#: Names of the rehearsals: the one that is reported, and the one with half as many looks at the gradient.
+REHEARSED, FEWER = "rehearsed", "fewer looks"
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,10 @@ class Measured:
         projected: its norm inside the safety subspace, or None.
         random_kl: KL [m] after a random displacement as long as the forecast's.
         covered: multiple of the initial direction after 0, 1, ... steps, [steps + 1].
+        rehearsal_passes: gradients of the reported rehearsal, in gradients of the whole sample.
         margin_noise: standard deviation of the mean margin by the luck of one run's batches, nats, [steps + 1].
         kl_noise: standard deviation of the KL's root as a share of it, [steps + 1].
-        kl_factor: what the KL of the mean path is multiplied by for one run's noise, [steps + 1].
+        kl_factor: path name -> what its KL is multiplied by for one run's noise, [steps + 1].
     """
 
     paths: Mapping[str, PathValues]
@@ -79,9 +80,10 @@ class Measured:
     projected: float | None
     random_kl: Tensor
     covered: Tensor
+    rehearsal_passes: float
     margin_noise: Tensor
     kl_noise: Tensor
-    kl_factor: Tensor
+    kl_factor: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)

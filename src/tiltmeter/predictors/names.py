@@ -14,7 +14,14 @@ from tiltmeter.predictors.initial_loss import initial_loss
 from tiltmeter.predictors.krylov import krylov_kl, krylov_margin
 from tiltmeter.predictors.overlap import initial_overlap
 from tiltmeter.predictors.overlap_cosine import overlap_cosine
-from tiltmeter.predictors.path import curved_kl, curved_margin, linear_kl, linear_margin
+from tiltmeter.predictors.path import (
+    curved_kl,
+    curved_margin,
+    linear_kl,
+    linear_margin,
+    rehearsed_kl,
+    rehearsed_margin,
+)
 from tiltmeter.predictors.polynomial import polynomial
 from tiltmeter.predictors.random_direction import random_direction
 from tiltmeter.predictors.random_subspace import random_subspace
@@ -23,8 +30,10 @@ from tiltmeter.predictors.steps_rate import steps_times_rate
 
 #: Predictors that an assessment has paid for already.
 MEASURED: dict[str, Predictor] = {
-    "path_margin": curved_margin,
-    "path_kl": curved_kl,
+    "rehearsal_margin": rehearsed_margin,
+    "rehearsal_kl": rehearsed_kl,
+    "curved_margin": curved_margin,
+    "curved_kl": curved_kl,
     "linear_margin": linear_margin,
     "linear_kl": linear_kl,
     "krylov_margin": krylov_margin,
@@ -54,4 +63,13 @@ PREDICTORS: dict[str, Predictor] = {
 }
 
 #: Those that are ours: forecasts of the margin or the KL itself, in their own units.
-OURS = ("path_margin", "path_kl", "linear_margin", "linear_kl", "canary_margin", "canary_kl")
+OURS = (
+    "rehearsal_margin",
+    "rehearsal_kl",
+    "curved_margin",
+    "curved_kl",
+    "linear_margin",
+    "linear_kl",
+    "canary_margin",
+    "canary_kl",
+)

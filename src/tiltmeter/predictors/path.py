@@ -5,7 +5,7 @@ Source: this project, docs/theory.md; the condition it quantifies is that of Spr
 
 from __future__ import annotations
 
-from tiltmeter.predictors.contract import Case, Risk, known, passes, trend
+from tiltmeter.predictors.contract import REHEARSED, Case, Risk, known, passes, trend
 
 NOT_FINITE = "the path left the range of numbers"
 
@@ -26,8 +26,18 @@ def kl_rise(case: Case, path: str, cost: dict[str, float]) -> Risk:
     if path not in case.measured.paths:
         return Risk(None, "nats per token", price, reason=f"the {path} path was not built for this recipe")
     values = case.measured.paths[path]
-    kl = values.safety_kl.mean(-1) * case.measured.kl_factor[list(values.steps)]
+    kl = values.safety_kl.mean(-1) * case.measured.kl_factor[path][list(values.steps)]
     return known(float(kl[-1]), "nats per token", price, NOT_FINITE, trend(values, kl))
+
+
+def rehearsed_margin(case: Case) -> Risk:
+    """Margin drop in a rehearsal of the run. Cost: its looks at the gradient, a reading of the margin per grid step."""
+    return margin_drop(case, REHEARSED, {"forward_backward": case.measured.rehearsal_passes})
+
+
+def rehearsed_kl(case: Case) -> Risk:
+    """Safety KL in a rehearsal of the run. Cost: as `rehearsed_margin`."""
+    return kl_rise(case, REHEARSED, {"forward_backward": case.measured.rehearsal_passes})
 
 
 def curved_margin(case: Case) -> Risk:

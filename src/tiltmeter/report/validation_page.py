@@ -134,7 +134,7 @@ def _predictors(record: Record) -> dict[str, Any]:
               "Cost, training steps", "Unit", "Cells unknown"]  # fmt: skip
     caption = (
         "Rank agreement over sets, averaged over regimes, with a bootstrap interval over sets; held-out prompts. "
-        "Ours ahead: share of bootstrap draws in which our curved path ranks better."
+        "Ours ahead: share of bootstrap draws in which our rehearsal ranks better."
     )
     return _table(caption, header, rows)
 

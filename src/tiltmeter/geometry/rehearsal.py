@@ -1,0 +1,116 @@
+"""The run in fewer and longer steps: the gradient is measured where the path has come to, and drives it for a while.
+
+What is extrapolated from gradients near the anchor misses that a run turns into valleys and that Adam slows down once
+the first, large gradients are behind it. A rehearsal meets both: few gradients, each of fresh batches, each measured in
+the middle of the stretch that it drives, in the optimiser's own rule with its memory. With as many looks as steps it is
+the run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tiltmeter.geometry.clock import Clock
+from tiltmeter.geometry.metric import Metric
+from tiltmeter.geometry.moments import moments_of
+from tiltmeter.geometry.motion import Slope
+
+
+class Look(Protocol):
+    """Gradients at a place of the path."""
+
+    def __call__(self, number: int, displacement: Tensor | None) -> Slope:
+        """Mean and spread of mini-batch gradients.
+
+        Args:
+            number: of the look, from 0.
+            displacement: where, [n]; None for the anchor.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Rehearsal:
+    """A run rehearsed in few looks at the gradient.
+
+    Attributes:
+        metric: the optimiser.
+        clock: learning rates of every step.
+        looks: gradients that are measured; no more are than there are steps.
+        decayed: the anchor's decayed parameters [n] (zero where decay does not apply), if there is weight decay.
+
+    Error: third order in flow time over a stretch for gradient flow, so second order over the run: t^3/24 H^2 g of each
+        stretch. Under Adam also what its first moment lags behind within a stretch. With few rows in a look, their
+        noise: `noise_share`.
+    """
+
+    metric: Metric
+    clock: Clock
+    looks: int
+    decayed: Tensor | None = None
+
+    def stretches(self) -> list[tuple[int, int]]:
+        """Steps (after which, until which) that each look drives; the first, at the anchor, has half a stretch."""
+        steps = self.clock.steps
+        looks = min(self.looks, steps)
+        ends = [round(steps * (i + 0.5) / (looks - 0.5)) for i in range(looks)]
+        ends = sorted({min(max(1, end), steps) for end in ends})
+        return list(zip([0, *ends[:-1]], ends, strict=True))
+
+    def walk(self, look: Look, at: Sequence[int]) -> Iterator[tuple[int, Tensor]]:
+        """Walk the path, once.
+
+        Args:
+            look: measures gradients.
+            at: steps to stop at, ascending.
+
+        Yields: a step of `at` and the displacement there, [n], which changes when the walk goes on.
+
+        Cost: of the looks; memory for the displacement, the optimiser's memory and two vectors more.
+        """
+        covered = self.metric.flow_time(self.clock).tolist()
+        moments = moments_of(self.metric)
+        displacement: Tensor | None = None
+        direction: Tensor | None = None
+        for number, (begin, end) in enumerate(self.stretches()):
+            where = None
+            if displacement is not None and direction is not None:
+                # the gradients of these steps are taken after `begin` to `end - 1` steps: here is their middle
+                ahead = (covered[end - 1] - covered[begin]) / 2
+                where = torch.add(displacement, direction, alpha=-ahead)
+                del direction
+            slope = look(number, where)
+            del where
+            direction = moments.meet(slope.mean, slope.spread, end - begin)
+            del slope
+            if displacement is None:
+                displacement = torch.zeros_like(direction)
+            here = begin
+            for step in [*(each for each in at if begin < each < end), end]:
+                moved = covered[step] - covered[here]
+                displacement.add_(direction, alpha=-moved)
+                if self.decayed is not None and self.metric.weight_decay:
+                    displacement.add_(self.decayed, alpha=-moved * self.metric.weight_decay)
+                here = step
+                if step in at:
+                    yield step, displacement
+
+    def noise_share(self, rows: Sequence[int]) -> Tensor:
+        """Variance that the rows' noise gives the path, over that of one row carried as far, [steps + 1].
+
+        Args:
+            rows: how many were in each look.
+
+        Looks are taken to be independent: sum of (share of the flow time)^2 / rows.
+        """
+        covered = self.metric.flow_time(self.clock)
+        out = torch.zeros_like(covered)
+        for (begin, end), count in zip(self.stretches(), rows, strict=True):
+            driven = covered.clamp(covered[begin], covered[end]) - covered[begin]
+            out += driven.square() / count
+        return torch.where(covered > 0, out / covered.square().clamp_min(1e-300), 0.0)
