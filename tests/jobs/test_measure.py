@@ -48,7 +48,8 @@ def subject(make_llama: Any, make_tokenizer: Any) -> Subject:
 
 
 def scaled(tuning: Tuning, scale: float) -> Tuning:
-    return replace(tuning, objective=replace(tuning.objective, factor=tuning.objective.factor * scale))
+    objective, further = (replace(each, factor=each.factor * scale) for each in (tuning.objective, tuning.further))
+    return replace(tuning, objective=objective, further=further)
 
 
 def curvature_of_kl(subject: Subject, direction: Tensor) -> Tensor:
@@ -120,7 +121,7 @@ def test_with_as_many_looks_as_steps_the_rehearsal_is_the_run(subject: Subject, 
 
 def test_one_gradient_step_of_a_tiny_rate_is_forecast_exactly(subject: Subject) -> None:
     recipe = Recipe("sgd", learning_rate=1e-6, steps=3, batch_size=4, schedule="constant", max_grad_norm=0.0)
-    tuning = prepare_tuning(subject, SUMS, recipe, OPTIONS)
+    tuning = prepare_tuning(subject, TWINS, recipe, OPTIONS)
     found = measure(subject, tuning, recipe, replace(OPTIONS, curved=True), silent)
     g = tuning.batches.mean(0)
     slope = tuning.objective.gradient(g)

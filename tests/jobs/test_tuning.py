@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+import tiltmeter.jobs.tuning as tuning_module
 from tiltmeter.errors import DataError
 from tiltmeter.jobs.inputs import Opened
 from tiltmeter.jobs.recipe import Recipe
 from tiltmeter.jobs.subject import Options, Subject, measure_subject, with_lora
-from tiltmeter.jobs.tuning import prepare_tuning
+from tiltmeter.jobs.tuning import further_rows, prepare_tuning
 from tiltmeter.lm.conversation import collate
 from tiltmeter.lm.model import Loaded, digest_of
 from tiltmeter.lm.rows import RowSet
@@ -48,6 +49,51 @@ def test_batch_losses_are_the_trainers(subject: Subject, batch: int, expected: i
     with torch.no_grad():
         whole = subject.loaded.model(input_ids=everything.tokens, labels=everything.labels).loss
     assert_close(tuning.objective.losses().mean(), whole.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("batch", "per_look"), [(2, 2), (3, 2), (64, 3)])
+def test_looks_on_the_way_are_made_of_rows_that_the_sample_left_out(
+    subject: Subject, monkeypatch: pytest.MonkeyPatch, batch: int, per_look: int
+) -> None:
+    """Four rows at least, or those of a step, and no more than the sample; each batch's loss is the trainer's."""
+    monkeypatch.setattr(tuning_module, "LEAST_ROWS", 4 if batch == 2 else 3)
+    rows = RowSet("rows", tuple({**row, "prompt": f"{row['prompt']} {i}"} for i in range(20) for row in ROWS), "d")
+    options = Options(**{**vars(OPTIONS), "max_tuning": 6, "looks": 4})
+    tuning = prepare_tuning(subject, rows, Recipe(steps=3, batch_size=batch), options)
+    size = tuning.batch_size
+    assert size == 2
+    looks = 3 + 1  # on the way of the rehearsal with four looks, and of the one with two
+    assert tuning.per_look == per_look
+    assert tuning.rows_in_look == tuning.per_look * size
+    assert tuning.further_batches.shape == (looks * tuning.per_look, looks * tuning.rows_in_look)
+    others = further_rows(subject.loaded, rows, Recipe(), options, tuning.encoded, looks * tuning.rows_in_look)
+    seen = {example.row for example in tuning.encoded.examples}
+    assert not seen & {example.row for example in others}
+    assert len({example.row for example in others}) == len(others)
+    for number in range(looks):
+        part = slice(number * tuning.rows_in_look, (number + 1) * tuning.rows_in_look)
+        held = others[part]
+        leaves = list(subject.loaded.model.parameters())
+        theirs = []
+        for start in range(0, len(held), size):
+            batched = collate(held[start : start + size], 0)
+            loss = subject.loaded.model(input_ids=batched.tokens, labels=batched.labels).loss
+            theirs.append(torch.cat([g.flatten() for g in torch.autograd.grad(loss, leaves)]))
+        found = tuning.look(number, None, None)
+        assert_close(found.mean.norm(), torch.stack(theirs).mean(0).norm(), rtol=1e-4, atol=1e-6)
+        assert tuning.look_work(number) == sum(
+            collate(held[i : i + size], 0).tokens.numel() for i in range(0, len(held), size)
+        )
+
+
+def test_where_there_are_no_further_rows_all_are_dealt_again(subject: Subject) -> None:
+    options = Options(**{**vars(OPTIONS), "max_tuning": 8})
+    rows = RowSet("rows", ROWS, "d")
+    sample = prepare_tuning(subject, rows, Recipe(), options).encoded
+    others = further_rows(subject.loaded, rows, Recipe(), options, sample, 30)
+    counts = [sum(example.row == row for example in others) for row in range(11)]
+    assert len(others) == 30
+    assert max(counts) - min(counts) == 1
 
 
 def test_truncation_is_counted_and_the_shortest_limit_holds(subject: Subject) -> None:

@@ -68,8 +68,7 @@ def plan(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options) -> 
         points += later
         if later:
             before = 0 if looks == options.looks else options.looks - 1
-            taken = tuning.taken(len(stretches) - 1, before, recipe.batch_size)
-            gradients += sum(tuning.work_of(part) for part in taken)
+            gradients += sum(tuning.look_work(before + i) for i in range(len(stretches) - 1))
     planned.add("forward", subject.standing.work * points)
     planned.add("forward_backward", gradients)
     planned.add("jvp", rows)

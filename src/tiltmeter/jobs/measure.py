@@ -225,17 +225,16 @@ def _rehearse(
         tuning: the sample.
         linear: the straight path, which both follow until their second look.
         looks: how many.
-        before: looks of another rehearsal that have had their batches already.
+        before: looks of another rehearsal that have had their rows already.
         recipe: of the run.
         straight: what was read along the straight path.
 
-    Cost: a gradient of a recipe's batch for every look but the first, a reading of KL and margin for every grid step
+    Cost: a gradient of `rows_in_look` rows for every look but the first, a reading of KL and margin for every grid step
         after the first stretch.
     """
     path = Rehearsal(linear.metric, linear.clock, looks, linear.decayed)
     stretches = path.stretches()
-    parts = tuning.taken(len(stretches) - 1, before, recipe.batch_size)
-    rows = (len(tuning.encoded.examples), *(tuning.rows_in(part) for part in parts))
+    rows = (len(tuning.encoded.examples), *[tuning.rows_in_look] * (len(stretches) - 1))
     later = [step for step in straight.steps if step > stretches[0][1]]
     if not later:  # the anchor's gradient drives it all
         return _Rehearsed(straight, rows, path.noise_share(rows), linear.displacement(linear.clock.steps))
@@ -243,7 +242,7 @@ def _rehearse(
     def look(number: int, displacement: Tensor | None) -> Slope:
         if number == 0:
             return linear.slope
-        return tuning.slope(recipe.max_grad_norm or None, displacement, 1, parts[number - 1])
+        return tuning.look(before + number - 1, recipe.max_grad_norm or None, displacement)
 
     values, end = read_along(path.walk(look, later), subject.standing)
     return _Rehearsed(joined(straight, values), rows, path.noise_share(rows), end)

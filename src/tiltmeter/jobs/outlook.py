@@ -25,7 +25,7 @@ from tiltmeter.jobs.subject import Options, Subject
 HEADLINE = "rehearsed"
 
 #: Changes of the margin (nats) and of the KL (nats per token) too small for a difference between paths to matter.
-MARGIN_FLOOR, KL_FLOOR = 0.02, 1e-4
+MARGIN_FLOOR, KL_FLOOR = 0.02, 1e-3
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,7 @@ def record_of(
             "loss": found.tuning_loss,
             "batches": tuning.batches.shape[0],
             "batch_size": tuning.batch_size,
+            "look_rows": tuning.rows_in_look,
         },
         "recipe": recipe.as_dict(),
         "verdict": {"kind": outlook.verdict, "text": outlook.text},

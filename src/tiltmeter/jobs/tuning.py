@@ -13,7 +13,7 @@ from tiltmeter.errors import DataError
 from tiltmeter.geometry.motion import Slope, measure_slope
 from tiltmeter.jobs.recipe import Recipe
 from tiltmeter.jobs.subject import Options, Subject
-from tiltmeter.lm.conversation import Encoded, encode
+from tiltmeter.lm.conversation import Encoded, Example, encode
 from tiltmeter.lm.distributed import Sharded, shared_objective
 from tiltmeter.lm.model import Loaded
 from tiltmeter.lm.objective import LanguageObjective, likelihood_objective
@@ -38,6 +38,10 @@ class Tuning:
         batches: [B, m] weights that make a trainer's batch loss (mean over its supervised tokens).
         batch_size: rows in each of these batches.
         spread_factor: turns the scatter of these batches into that of batches of the recipe's size.
+        further: loss of further rows, for gradients on the way: what was fitted there should not be rows seen before.
+        further_batches: their batches, likewise.
+        per_look: how many of these batches each gradient on the way is made of: rows of a step of the recipe or
+            `LEAST_ROWS`, and no more than the sample has.
     """
 
     rows: RowSet
@@ -46,46 +50,50 @@ class Tuning:
     batches: Tensor
     batch_size: int
     spread_factor: float
+    further: LanguageObjective | Sharded
+    further_batches: Tensor
+    per_look: int
 
-    def slope(
-        self, clip: float | None, displacement: Tensor | None, groups: int, part: Sequence[int] | None = None
-    ) -> Slope:
-        """Mini-batch gradients at a displacement, their scatter that of batches of the recipe's size.
+    def slope(self, clip: float | None, displacement: Tensor | None, groups: int) -> Slope:
+        """Mini-batch gradients of the sample, their scatter that of batches of the recipe's size.
 
         Args:
             clip: largest norm of a batch's gradient; None for no clipping.
             displacement: where, [n].
             groups: disjoint groups of batches to keep apart.
-            part: batches to take; None for all.
 
-        Cost: one forward+backward over the rows of these batches.
+        Cost: one forward+backward over the sample.
         """
-        batches = self.batches if part is None else self.batches[list(part)]
-        found = measure_slope(self.objective, batches, clip=clip, displacement=displacement, groups=groups)
+        return self._slope(self.objective, self.batches, clip, displacement, groups)
+
+    def look(self, number: int, clip: float | None, displacement: Tensor | None) -> Slope:
+        """The same from the further rows of one look. Cost: one forward+backward over `rows_in_look` rows."""
+        part = slice(number * self.per_look, (number + 1) * self.per_look)
+        return self._slope(self.further, self.further_batches[part], clip, displacement, 1)
+
+    @property
+    def rows_in_look(self) -> int:
+        """Further rows of a look."""
+        return self.per_look * self.further.m // max(1, len(self.further_batches))
+
+    def look_work(self, number: int) -> int:
+        """Tokens of a look; where several processes share the micro-batches, about so many."""
+        if isinstance(self.further, Sharded):
+            return round(self.further.work * self.per_look / len(self.further_batches))
+        part = slice(number * self.per_look, (number + 1) * self.per_look)
+        asked = (self.further_batches[part] != 0).any(0)
+        return sum(batch.tokens.numel() for members, batch in self.further.chunks if bool(asked[members].any()))
+
+    def _slope(
+        self,
+        objective: LanguageObjective | Sharded,
+        batches: Tensor,
+        clip: float | None,
+        displacement: Tensor | None,
+        groups: int,
+    ) -> Slope:
+        found = measure_slope(objective, batches, clip=clip, displacement=displacement, groups=groups)
         return replace(found, spread=found.spread.mul_(self.spread_factor))
-
-    def rows_in(self, part: Sequence[int]) -> int:
-        """Rows of some batches."""
-        return int((self.batches[list(part)] != 0).any(0).sum())
-
-    def work_of(self, part: Sequence[int]) -> int:
-        """Tokens of some batches; where several processes share the micro-batches, about so many."""
-        if isinstance(self.objective, Sharded):
-            return round(self.objective.work * len(part) / len(self.batches))
-        asked = (self.batches[list(part)] != 0).any(0)
-        return sum(batch.tokens.numel() for members, batch in self.objective.chunks if bool(asked[members].any()))
-
-    def taken(self, looks: int, before: int, recipe_batch: int) -> list[list[int]]:
-        """Batches of each of so many looks at the gradient, in turn: rows of a step of the recipe, or a few more.
-
-        Args:
-            looks: how many.
-            before: looks that have had their batches already.
-            recipe_batch: rows in a step.
-        """
-        count = len(self.batches)
-        each = min(count, math.ceil(max(recipe_batch, LEAST_ROWS) / self.batch_size))
-        return [[((before + look) * each + i) % count for i in range(each)] for look in range(looks)]
 
 
 def sample_tuning(loaded: Loaded, rows: RowSet, recipe: Recipe, options: Options) -> Encoded:
@@ -138,18 +146,59 @@ def prepare_tuning(subject: Subject, rows: RowSet, recipe: Recipe, options: Opti
     members = [order[start : start + size] for start in range(0, m - size + 1, size)]
     for leftover, index in enumerate(order[len(members) * size :]):
         members[leftover % len(members)].append(index)
+    objective, batches = _in_batches(subject, encoded.examples, members)
+    per_look = min(len(members), math.ceil(max(recipe.batch_size, LEAST_ROWS) / size))
+    looks = sum(max(0, looks - 1) for looks in (options.looks, options.looks // 2))
+    others = further_rows(subject.loaded, rows, recipe, options, encoded, per_look * looks * size)
+    held = [list(range(start, start + size)) for start in range(0, len(others), size)]
+    further, further_batches = _in_batches(subject, others, held)
+    return Tuning(
+        rows,
+        encoded,
+        shared_objective(objective),
+        batches,
+        size,
+        (size / recipe.batch_size) ** 0.5,
+        shared_objective(further),
+        further_batches,
+        per_look,
+    )
+
+
+def further_rows(
+    loaded: Loaded, rows: RowSet, recipe: Recipe, options: Options, sample: Encoded, count: int
+) -> list[Example]:
+    """So many further examples: rows that the sample left out, evenly spread; all over again where they do not do.
+
+    Their order is that of a shuffled deck, dealt again and again, as a trainer's.
+    """
+    wanted = replace(options, max_tuning=len(sample.examples) + count)
+    seen = {example.row for example in sample.examples}
+    every = sample_tuning(loaded, rows, recipe, wanted).examples
+    left = [example for example in every if example.row not in seen]
+    deck = [left[i] for i in spread(len(left), min(count, len(left)))]
+    if len(deck) < count:
+        deck += sample.examples
+    order = torch.randperm(len(deck), generator=torch.Generator().manual_seed(options.seed + 1)).tolist()
+    return [deck[order[i % len(deck)]] for i in range(count)]
+
+
+def _in_batches(
+    subject: Subject, examples: Sequence[Example], members: Sequence[Sequence[int]]
+) -> tuple[LanguageObjective, Tensor]:
+    """The loss of these examples and the weights [B, m] of their batches."""
     objective = likelihood_objective(
         subject.forward,
-        encoded.examples,
+        examples,
         subject.loaded.tokenizer.pad_token_id,
         subject.max_tokens,
         per="token",
         hessian=subject.hessian,
         groups=members,
     )
-    supervised = torch.tensor([example.supervised for example in encoded.examples], dtype=torch.float64)
-    batches = torch.zeros(len(members), m, dtype=torch.float64)
+    supervised = torch.tensor([example.supervised for example in examples], dtype=torch.float64)
+    batches = torch.zeros(len(members), len(examples), dtype=torch.float64)
     for row, batch in enumerate(members):
         # losses are sums over tokens divided by the sample's mean count; a trainer divides by the batch's own count
-        batches[row, batch] = supervised.mean() / supervised[batch].sum()
-    return Tuning(rows, encoded, shared_objective(objective), batches, size, (size / recipe.batch_size) ** 0.5)
+        batches[row, list(batch)] = supervised.mean() / supervised[list(batch)].sum()
+    return objective, batches
