@@ -11,6 +11,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from tiltmeter.errors import ModelError, OutOfMemory
+from tiltmeter.lm.memory import map_blocks
 from tiltmeter.lm.processes import launched
 from tiltmeter.lm.sharding import divided
 
@@ -46,6 +47,8 @@ def read_model(name: str, dtype: torch.dtype | None, trust_remote_code: bool, de
         UnsupportedModel: the launcher asks for a division that is not supported.
     """
     shares = divided(name)
+    if shares is not None:
+        map_blocks(2**18)
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     except Exception as error:  # transformers raises many kinds, and they change between releases
