@@ -121,7 +121,7 @@ def test_assess_prints_ten_lines_and_writes_a_whole_result(
     assert {path.name for path in (tmp_path / "out").iterdir()} == {"record.json", "arrays.safetensors", "index.html"}
     record, arrays = store.read_record(tmp_path / "out")
     assert record["verdict"]["text"] == lines[-1]
-    assert arrays["curved.margin"].shape == (len(record["forecast"]["steps"]), record["safety"]["used"])
+    assert arrays["rehearsed.margin"].shape == (len(record["forecast"]["steps"]), record["safety"]["used"])
 
 
 def test_three_budgets_exit_3_and_take_one_line(tiltmeter: Tiltmeter, made: Path, model: str) -> None:

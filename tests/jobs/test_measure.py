@@ -110,12 +110,12 @@ def test_with_as_many_looks_as_steps_the_rehearsal_is_the_run(subject: Subject, 
             assert_close(told.safety_kl[row], subject.divergence.losses(x.detach()), rtol=1e-4, atol=1e-12)
     assert float((margin - straight).abs().max()) > 0.02 * float(margin.abs().max())  # the path bends
     assert_close(found.length, norm(x.detach()), rtol=1e-6, atol=0)
-    # looks after the first take LEAST_ROWS rows or all there are; half as many looks are another path
-    assert found.look_rows == (4,) * steps
+    # looks after the first take what the run takes; half as many looks are another path
+    assert found.look_rows == (4, *[1] * (steps - 1))
     assert found.check.steps == told.steps
     assert not torch.allclose(found.check.margin[-1], told.margin[-1], rtol=1e-4)
-    at = torch.arange(1, steps + 1)
-    share = torch.where(at < 2, 1.0, 1 / at.double()) / 4  # equal looks of four rows each
+    at = torch.arange(1, steps + 1, dtype=torch.float64)
+    share = (at - 1 + 1 / 4) / at**2
     assert_close(found.rehearsed.path, torch.cat([torch.zeros(1).double(), share]))
 
 

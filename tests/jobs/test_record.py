@@ -65,8 +65,8 @@ def test_every_promised_key_is_there_and_survives_the_store(
         store.write_record(folder, record, result.arrays)
     back, arrays = store.read_record(tmp_path / "out")
     assert {key: value for key, value in back.items() if key != "arrays"} == record
-    assert arrays["curved.margin"].shape == (3, 6)
-    torch.testing.assert_close(arrays["curved.margin"].mean(1).tolist(), margin["value"])
+    assert arrays["rehearsed.margin"].shape == (3, 6)
+    torch.testing.assert_close(arrays["rehearsed.margin"].mean(1).tolist(), margin["value"])
 
 
 def test_numbers_that_must_agree_do(make_llama: Any, make_tokenizer: Any) -> None:

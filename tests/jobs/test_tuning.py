@@ -59,7 +59,9 @@ def test_looks_on_the_way_are_made_of_rows_that_the_sample_left_out(
     monkeypatch.setattr(tuning_module, "LEAST_ROWS", 4 if batch == 2 else 3)
     rows = RowSet("rows", tuple({**row, "prompt": f"{row['prompt']} {i}"} for i in range(20) for row in ROWS), "d")
     options = Options(**{**vars(OPTIONS), "max_tuning": 6, "looks": 4})
-    tuning = prepare_tuning(subject, rows, Recipe(steps=3, batch_size=batch), options)
+    tuning = prepare_tuning(subject, rows, Recipe(steps=12, batch_size=batch), options)
+    short = prepare_tuning(subject, rows, Recipe(steps=4, batch_size=1), options)
+    assert short.rows_in_look == 1  # a look for every step: what the run takes
     size = tuning.batch_size
     assert size == 2
     looks = 3 + 1  # on the way of the rehearsal with four looks, and of the one with two

@@ -40,8 +40,8 @@ class Tuning:
         spread_factor: turns the scatter of these batches into that of batches of the recipe's size.
         further: loss of further rows, for gradients on the way: what was fitted there should not be rows seen before.
         further_batches: their batches, likewise.
-        per_look: how many of these batches each gradient on the way is made of: rows of a step of the recipe or
-            `LEAST_ROWS`, and no more than the sample has.
+        per_look: how many of these batches each gradient on the way is made of: rows of a step of the recipe, or
+            `LEAST_ROWS` where the run takes as many until the next; and no more than the sample has.
     """
 
     rows: RowSet
@@ -147,7 +147,8 @@ def prepare_tuning(subject: Subject, rows: RowSet, recipe: Recipe, options: Opti
     for leftover, index in enumerate(order[len(members) * size :]):
         members[leftover % len(members)].append(index)
     objective, batches = _in_batches(subject, encoded.examples, members)
-    per_look = min(len(members), math.ceil(max(recipe.batch_size, LEAST_ROWS) / size))
+    stretch = math.ceil(recipe.steps / options.looks) * recipe.batch_size  # rows that the run itself takes meanwhile
+    per_look = min(len(members), math.ceil(max(recipe.batch_size, min(LEAST_ROWS, stretch)) / size))
     looks = sum(max(0, looks - 1) for looks in (options.looks, options.looks // 2))
     others = further_rows(subject.loaded, rows, recipe, options, encoded, per_look * looks * size)
     held = [list(range(start, start + size)) for start in range(0, len(others), size)]
