@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -122,3 +123,29 @@ def test_a_sample_that_is_all_noise_leaves_the_runs_own_noise() -> None:
     assert_close(float(noise.energy_factor()[1]), 0.4)
     milder = RowNoise(1.0, 1.0, 10.0, 12, 4, 0.05, drawn, covered)
     assert_close(float(milder.energy_factor()[1]), 1 + 10 * (0.01 - 0.05))
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e2])
+def test_a_rehearsals_own_noise_by_hand(scale: float) -> None:
+    """One parameter, margin and KL of x: rows scatter by sigma around mu, so a path with a share W of noise ends at
+    a (mu + sigma sqrt(W) xi), the run at a (mu + sigma sqrt(V) xi) with its own V."""
+    mu, sigma, m = 3.0 * scale, 5.0 * scale, 25
+    whole = mu**2 + sigma**2 / m  # what the length of a sample's mean is, on the mean
+    clock = Clock.constant(0.1, 8)
+    drawn, share = draw_variance(clock, 2, None), torch.linspace(0, 0.3, 9, dtype=torch.float64)
+    straight = RowNoise(sigma, 2 * mu * sigma / mu**2, sigma**2 / whole, 1000, 1000, 1 / m, drawn, clock.flow_time)
+    path = replace(straight, path=share)
+    luck = drawn[1:] / clock.flow_time[1:] ** 2
+    expected = (mu**2 + sigma**2 * luck) / (mu**2 + sigma**2 * share[1:])
+    assert_close(path.energy_factor()[1:], expected)
+    assert_close(straight.energy_factor(), replace(straight, path=torch.full_like(share, 1 / m)).energy_factor())
+    normal = 1.645
+    reach = normal * sigma * (drawn + clock.flow_time**2 * share).sqrt()
+    assert_close(path.margin_reach(0.9), reach, rtol=2e-3, atol=0)
+    # two rehearsals part by both their noises, and the run's own luck has no part in that
+    margin, kl = path.apart(replace(straight, path=2 * share), 0.9)
+    assert_close(margin, normal * sigma * clock.flow_time * (3 * share).sqrt(), rtol=2e-3, atol=0)
+    root = normal * sigma / mu * (3 * share).sqrt()
+    assert_close(kl, (1 + root) ** 2 - 1, rtol=2e-3, atol=0)
+    unknown = replace(straight, margin=math.nan, speed=math.nan, path=share)
+    assert all(float(each.abs().max()) == 0 for each in unknown.apart(unknown, 0.9))

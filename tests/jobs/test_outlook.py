@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +16,9 @@ from tiltmeter.jobs.subject import Options
 from tiltmeter.lm.measurement import Measurement, share
 
 STEPS = (1, 2, 4, 8)
+NONE = torch.zeros(4, dtype=torch.float64)
+#: Twice as far at the last step.
+FAR = torch.tensor([[1.0], [1.0], [1.0], [2.0]], dtype=torch.float64)
 #: Of a rate that falls to zero, so that flow time is no multiple of steps.
 COVERED = torch.linspace(1, 0, 9, dtype=torch.float64).cumsum(0).sub(1).mul(1e-3)
 TIMES = COVERED[list(STEPS)]
@@ -34,6 +36,7 @@ def made(
     rate: Measurement | None = None,
     stretch: float = 1.0,
     straight: float | None = None,
+    parting: float = 0.0,
     **budgets: Any,
 ) -> Outlook:
     """Margins that change by `slope` per step (by `other` with fewer looks, by `straight` on the straight path) and a
@@ -48,6 +51,7 @@ def made(
 
     noise = SimpleNamespace(
         margin_reach=lambda level: COVERED * reach,
+        apart=lambda other, level: (COVERED * parting, torch.zeros_like(COVERED)),
         relative_reach=lambda level: torch.full_like(COVERED, 0.2),
         energy_factor=lambda: torch.full_like(COVERED, stretch),
     )
@@ -106,23 +110,23 @@ def test_rehearsals_that_part_on_the_way_claim_the_steps_before() -> None:
     change = torch.tensor([-0.5, -1.0, -2.0, -4.0], dtype=torch.float64)[:, None]
     kl = TIMES[:, None].square().expand(-1, PROMPTS)
     fewer = start + change * torch.tensor([[1.0], [1.0], [1.05], [1.6]], dtype=torch.float64)
-    looks = Looks(PathValues(STEPS, kl, start + change), PathValues(STEPS, kl, fewer), start[0])
+    looks = Looks(PathValues(STEPS, kl, start + change), PathValues(STEPS, kl, fewer), start[0], NONE, NONE)
     assert looks.horizon() == (4, "beyond it half as many looks at the gradient give another forecast")
     gap = looks.gap(lambda path: path.margin.mean(-1))
     assert_close(gap, torch.tensor([0.0, 0.0, 0.1, 2.4], dtype=torch.float64))
-    off = PathValues(STEPS, kl * torch.tensor([[1.0], [1.0], [1.0], [2.0]]), start + change)
-    assert (
-        Looks(
-            PathValues(STEPS, kl + 1.0, start + change), replace(off, safety_kl=off.safety_kl + 1.0), start[0]
-        ).horizon()[0]
-        == 8
-    )
-    assert (
-        Looks(
-            PathValues(STEPS, 1e6 * kl, start + change), replace(off, safety_kl=1e6 * off.safety_kl), start[0]
-        ).horizon()[0]
-        == 4
-    )
+    for size, last in ((1e6, 4), (1.0, 8)):  # the same share of a KL that matters and of one that does not
+        both = [PathValues(STEPS, size * kl * far, start + change) for far in (1.0, FAR)]
+        assert Looks(both[0], both[1], start[0], NONE, NONE).horizon()[0] == last
+        assert Looks(both[0], both[1], start[0], NONE, NONE + 2 * size * float(kl[-1, 0])).horizon()[0] == 8
+
+
+def test_what_the_rows_noise_explains_does_not_end_the_horizon() -> None:
+    """A difference of 1.5 nats a step in flow time; noise below and above it."""
+    assert made(-0.5, other=-2.0).horizon_steps == 0
+    reach = 1.5 * 8 / float(COVERED[8])
+    assert made(-0.5, other=-2.0, parting=0.5 * reach, straight=-0.5).horizon_steps < 8
+    # what is carried along a path that bends no further than the straight one is what was given
+    assert made(-0.5, other=-2.0, parting=2 * reach, straight=-0.5).horizon_steps == 8
 
 
 def test_the_interval_reaches_to_where_more_looks_would_lead() -> None:

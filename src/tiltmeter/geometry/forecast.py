@@ -193,13 +193,13 @@ def jackknife(forms: Tensor, level: float) -> tuple[float, float]:
     return math.sqrt(max(0.0, whole - reach)), math.sqrt(max(0.0, whole + reach))
 
 
-def part_ways(linear: Tensor, curved: Tensor, floor: float, tolerance: float = PART) -> Tensor:
+def part_ways(linear: Tensor, curved: Tensor, floor: Tensor | float, tolerance: float = PART) -> Tensor:
     """Whether two predictions [s] of a change have parted, [s] bool.
 
     Args:
-        linear: predicted change along the straight path.
-        curved: along the curved one.
-        floor: differences below this are below what matters or can be measured.
+        linear: predicted change along one path.
+        curved: along the other.
+        floor: differences below this are below what matters or can be measured, one for all or [s].
         tolerance: share of the larger change.
 
     A prediction that is not finite has parted.

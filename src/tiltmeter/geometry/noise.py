@@ -92,6 +92,20 @@ class RowNoise:
         linear = quantile(level, self.groups) * self.speed * (self._drawn_share() + self._carried()).sqrt()
         return linear + linear.square() / 4
 
+    def apart(self, other: RowNoise, level: float) -> tuple[Tensor, Tensor]:
+        """How far two rehearsals of other rows may part by the noise of these rows alone, [steps + 1] each.
+
+        Args:
+            other: of the other rehearsal; what both share of their first look is counted twice.
+            level: of the interval that such a difference stays in.
+
+        Returns: for the mean margin, nats; for the KL, as a share of it. Zero where the scatter is unknown.
+        """
+        both = (self._carried() + other._carried()).sqrt()
+        margin = quantile(level, self.rows) * self.margin * self.covered * both
+        linear = quantile(level, self.groups) * self.speed * both
+        return margin.nan_to_num(0.0), (linear + linear.square() / 4).nan_to_num(0.0)
+
     def energy_factor(self) -> Tensor:
         """What the KL along the path is multiplied by to have one run's expected KL, [steps + 1].
 

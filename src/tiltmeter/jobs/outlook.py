@@ -90,21 +90,28 @@ class Looks:
         main: the reported one.
         check: the one with fewer looks.
         anchor: margins of the aligned model [m].
+        margin_noise: how far the mean margins may part by the noise of the rows alone, nats [s].
+        kl_noise: how far the mean KLs may, nats per token [s].
     """
 
     main: PathValues
     check: PathValues
     anchor: Tensor
+    margin_noise: Tensor
+    kl_noise: Tensor
 
     def horizon(self) -> tuple[int, str]:
         """Last step that is claimed, and why it ends there.
 
-        Up to the second look of the shorter one both are the straight path, and agree; how far they are off there is a
-        part of what they are off at the first step that tells.
+        What the noise of the rows explains is in the interval and does not end the horizon. Up to the second look of
+        the shorter one both are the straight path, and agree; how far they are off there is a part of what they are off
+        at the first step that tells.
         """
         changes = [(each.margin - self.anchor).mean(-1) for each in (self.check, self.main)]
-        apart = part_ways(changes[0], changes[1], MARGIN_FLOOR)
-        apart |= part_ways(self.check.safety_kl.mean(-1), self.main.safety_kl.mean(-1), KL_FLOOR)
+        apart = part_ways(changes[0], changes[1], self.margin_noise.clamp_min(MARGIN_FLOOR))
+        apart |= part_ways(
+            self.check.safety_kl.mean(-1), self.main.safety_kl.mean(-1), self.kl_noise.clamp_min(KL_FLOOR)
+        )
         last = horizon(self.main.steps, apart)
         if last == self.main.steps[-1]:
             return last, "half as many looks at the gradient give the same forecast to the end of the recipe"
@@ -123,9 +130,13 @@ def look_out(subject: Subject, found: Findings, options: Options) -> Outlook:
     """Make the forecast."""
     main, straight = found.values[HEADLINE], found.values["linear"]
     anchor = subject.anchor_margin.double()
-    looks = Looks(main, found.check, anchor)
-    last, reason = looks.horizon()
     at = list(main.steps)
+    change = main.margin - anchor
+    straight_change = (straight.margin - anchor).mean(-1)
+    margin_apart, share_apart = (each[at] for each in found.rehearsed.apart(found.checked, options.level))
+    margin_apart = carried(margin_apart, straight_change, change.mean(-1))
+    looks = Looks(main, found.check, anchor, margin_apart, share_apart * main.safety_kl.mean(-1))
+    last, reason = looks.horizon()
     # one run's noise lengthens its path and the looks' noise has lengthened the rehearsed one: KL is convex
     factor = found.rehearsed.energy_factor()[at]
 
@@ -138,8 +149,6 @@ def look_out(subject: Subject, found: Findings, options: Options) -> Outlook:
     # the factor comes from a few groups and may be off as far as it reaches
     free = main.safety_kl.mean(-1) - kl.value
     kl = Curve(kl.value, (kl.low - (-free).clamp_min(0)).clamp_min(0), kl.high + free.clamp_min(0))
-    change = main.margin - anchor
-    straight_change = (straight.margin - anchor).mean(-1)
     gap = looks.gap(lambda path: path.margin.mean(-1))
     margin_reach = carried(found.rehearsed.margin_reach(options.level)[at], straight_change, change.mean(-1))
     margin = combine(main.margin, options.level, margin_reach, gap)
