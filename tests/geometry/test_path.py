@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from bent import G, H, N, gradient, normal, slope
 from scipy.integrate import solve_ivp
 from torch import Tensor
 from torch.testing import assert_close
@@ -10,30 +11,9 @@ from tiltmeter.errors import DegenerateError
 from tiltmeter.geometry.clock import Clock
 from tiltmeter.geometry.krylov import lanczos
 from tiltmeter.geometry.metric import Adam, Metric, Sgd
-from tiltmeter.geometry.motion import Slope
 from tiltmeter.geometry.path import CurvedPath, KrylovPath, LinearPath, TaylorPath
 
 SCALES = pytest.mark.parametrize("scale", [1e-2, 1.0, 1e2])
-N = 5
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-G = normal(0, N) + 2 * torch.sign(normal(0, N))
-H = normal(1, N, N) + normal(1, N, N).T
-C = normal(2, N)
-
-
-def gradient(x: Tensor, cubic: float = 1.0) -> Tensor:
-    """Of g.x + x'Hx/2 + cubic (c.x)^3 / 6."""
-    return G + H @ x + cubic * (C @ x) ** 2 / 2 * C
-
-
-def slope(mean: Tensor, spread: Tensor | None = None) -> Slope:
-    spread = torch.zeros_like(mean) if spread is None else spread
-    return Slope(mean, spread, (mean,), torch.ones(1, 1), mean.norm().reshape(1))
 
 
 def real_run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from bent import G, H, N, gradient, normal, slope
 from torch import Tensor
 from torch.testing import assert_close
 
@@ -16,26 +17,6 @@ from tiltmeter.geometry.path import LinearPath
 from tiltmeter.geometry.rehearsal import Rehearsal
 
 SCALES = pytest.mark.parametrize("scale", [1e-2, 1.0, 1e2])
-N = 5
-
-
-def normal(seed: int, *shape: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-G = normal(0, N) + 2 * torch.sign(normal(0, N))
-H = normal(1, N, N) + normal(1, N, N).T
-C = normal(2, N)
-
-
-def gradient(x: Tensor) -> Tensor:
-    """Of g.x + x'Hx/2 + (c.x)^3 / 6."""
-    return G + H @ x + (C @ x) ** 2 / 2 * C
-
-
-def slope(mean: Tensor, spread: Tensor | None = None) -> Slope:
-    spread = torch.zeros_like(mean) if spread is None else spread
-    return Slope(mean, spread, (mean,), torch.ones(1, 1), mean.norm().reshape(1))
 
 
 def look(number: int, displacement: Tensor | None) -> Slope:
