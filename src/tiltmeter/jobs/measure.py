@@ -138,6 +138,8 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
         values["curved"] = _curved(subject, tuning, linear, clip, grid)
     report("rehearsal with few looks")
     few = _rehearse(subject, tuning, linear, options.looks // 2, options.looks - 1, recipe, values["linear"])
+    check, checked = few.values, few.noise
+    del few  # its end is as large as the model
     report("rehearsal")
     most = _rehearse(subject, tuning, linear, options.looks, 0, recipe, values["linear"])
     values["rehearsed"] = most.values
@@ -160,13 +162,13 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
         random_overlap,
         ritz,
         values,
-        few.values,
+        check,
         most.rows,
         subject.standing(walk),
         length,
         noise,
         replace(noise, path=most.noise),
-        replace(noise, path=few.noise),
+        replace(noise, path=checked),
         layer_slopes,
     )
 
