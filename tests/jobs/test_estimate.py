@@ -59,6 +59,7 @@ def run(subject: Subject, recipe: Recipe, options: Options) -> tuple[Assessment,
 CASES: dict[str, tuple[Recipe, dict[str, Any], bool]] = {
     "adamw": (Recipe(steps=6, batch_size=2), {}, False),
     "adamw, differences, krylov is ignored": (Recipe(steps=6, batch_size=2), {"krylov": 2}, True),
+    "adamw, curved, long": (Recipe(steps=60, batch_size=2), {"curved": True, "looks": 5}, False),
     "sgd": (Recipe("sgd", steps=6, batch_size=2, momentum=0.5), {"score": "margin"}, False),
     "sgd, krylov": (Recipe("sgd", steps=6, batch_size=2, weight_decay=0.1), {"krylov": 2, "groups": 2}, False),
     "sgd, krylov, differences": (Recipe("sgd", steps=6, batch_size=2), {"krylov": 2, "groups": 4}, True),

@@ -1,7 +1,7 @@
 """The run in fewer and longer steps: the gradient is measured where the path has come to, and drives it for a while.
 
-What is extrapolated from gradients near the anchor misses that a run turns into valleys and that Adam slows down once
-the first, large gradients are behind it. A rehearsal meets both: few gradients, each of fresh batches, each measured in
+What is extrapolated from gradients near the anchor knows nothing of those that a run meets later. A rehearsal meets
+some of them in their order: few gradients, each of fresh batches, each measured in
 the middle of the stretch that it drives, in the optimiser's own rule with its memory. With as many looks as steps it is
 the run.
 """
@@ -44,8 +44,8 @@ class Rehearsal:
         looks: gradients that are measured; no more are than there are steps.
         decayed: the anchor's decayed parameters [n] (zero where decay does not apply), if there is weight decay.
 
-    Error: third order in flow time over a stretch for gradient flow, so second order over the run: t^3/24 H^2 g of each
-        stretch. Under Adam also what its first moment lags behind within a stretch. With few rows in a look, their
+    Error: against gradient descent, eta^2 c (c - 1) / 2 H g from the c steps of the first stretch, and third order in
+        flow time. Under Adam also what its first moment lags behind within a stretch. With few rows in a look, their
         noise: `noise_share`.
     """
 
