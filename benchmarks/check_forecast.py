@@ -28,6 +28,7 @@ from tiltmeter.lm.forward import negative_log_likelihood
 from tiltmeter.store import read_record, write_text
 
 RESULTS = Path(__file__).parent / "results" / "check"
+SHOWN = ("margin", "margin_change", "safety_kl")
 
 
 def train(subject: Subject, record: dict[str, Any], regime: str) -> dict[str, list[float]]:
@@ -93,7 +94,7 @@ def main() -> None:
                 opened, open_rows(SAFETY), RECIPES[regime].lora, replace(OPTIONS, seed=record["seed"])
             )
         found = train(subject, record, regime) if again else kept(name, forecast)
-        predicted = {key: {k: forecast[key][k] for k in ("value", "low", "high")} for key in ("margin", "safety_kl")}
+        predicted = {key: {k: forecast[key][k] for k in ("value", "low", "high")} for key in SHOWN}
         out = {
             **provenance("cpu"),
             "name": name,

@@ -1,4 +1,4 @@
-"""Draw the README's figure and write its lines from the committed demo records.
+"""Draw the README's figure and write its lines and its table from the committed demo records and runs.
 
 Run: python benchmarks/figures.py
 """
@@ -16,6 +16,7 @@ from tiltmeter.report.svg import THEME
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "demo"
+CHECKS = ROOT / "benchmarks" / "results" / "check"
 FIGURE = ROOT / "docs" / "figures" / "demo.svg"
 README = ROOT / "README.md"
 SHOWN = "lora-gsm8k"
@@ -50,20 +51,50 @@ def standalone(record: dict) -> str:
     )
 
 
-def with_lines(readme: str, lines: str) -> str:
-    """The README with these lines in their place."""
-    block = f"<!-- demo lines -->\n```text\n{lines}\n```\n<!-- end of demo lines -->"
-    return re.sub(r"<!-- demo lines -->.*?<!-- end of demo lines -->", lambda _: block, readme, flags=re.S)
+def checks() -> list[dict]:
+    """The runs measured beside their forecasts, in the order of the demo."""
+    paths = [CHECKS / f"{name}.json" for name in records()]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+
+
+def check_table(runs: list[dict]) -> str:
+    """What was forecast and what came, from step 2 on: at the first step both are next to nothing."""
+    lines = [
+        "| run | step | margin change forecast, nats (90 %) | measured | safety KL forecast, nats (90 %) | measured |",
+        "|---|---|---|---|---|---|",
+    ]
+    inside, values = 0, 0
+    for run in runs:
+        changes = [margin - run["anchor_margin"] for margin in run["measured"]["margin"]]
+        sides = (("margin_change", changes, "+.2f"), ("safety_kl", run["measured"]["safety_kl"], ".2g"))
+        for at, step in enumerate(run["steps"]):
+            cells = [run["name"].replace("-", ", ", 1), str(step)]
+            for key, measured, style in sides:
+                value, low, high = (run["predicted"][key][bound][at] for bound in ("value", "low", "high"))
+                cells += [f"{value:{style}} ({low:{style}} to {high:{style}})", f"{measured[at]:{style}}"]
+                inside, values = inside + (low <= measured[at] <= high), values + 1
+            if step > 1:
+                lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(
+        [*lines, "", f"{inside} of the {values} values, those at step 1 among them, lie in their intervals."]
+    )
+
+
+def between(text: str, mark: str, block: str) -> str:
+    """The text with this block between the two comments that name it."""
+    pattern = rf"(<!-- {mark} -->\n).*?(\n<!-- end of {mark} -->)"
+    return re.sub(pattern, lambda found: found[1] + block + found[2], text, flags=re.S)
 
 
 def main() -> None:
-    """Write the figure and the README's lines."""
+    """Write the figure, and the README's lines and table."""
     found = records()
     FIGURE.parent.mkdir(parents=True, exist_ok=True)
     FIGURE.write_text(standalone(found[SHOWN]), encoding="utf-8")
     lines = "\n".join(line(record) for record in found.values())
     print(lines)
-    README.write_text(with_lines(README.read_text(encoding="utf-8"), lines), encoding="utf-8")
+    readme = between(README.read_text(encoding="utf-8"), "demo lines", f"```text\n{lines}\n```")
+    README.write_text(between(readme, "demo check", check_table(checks())), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import re
 import shlex
@@ -61,6 +62,29 @@ def test_the_demo_lines_of_the_readme_are_those_of_the_committed_records():
     assert records
     assert shown
     assert shown[1].splitlines() == [line(record) for record in records]
+
+
+def test_the_check_table_of_the_readme_is_that_of_the_committed_runs():
+    spec = importlib.util.spec_from_file_location("figures", ROOT / "benchmarks" / "figures.py")
+    assert spec is not None
+    assert spec.loader is not None
+    figures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(figures)
+    assert figures.checks()
+    assert figures.between(README, "demo check", figures.check_table(figures.checks())) == README
+    run = {
+        "name": "lora-x",
+        "steps": [1, 2],
+        "anchor_margin": 3.0,
+        "measured": {"margin": [2.9, 1.0], "safety_kl": [0.001, 0.5]},
+        "predicted": {
+            "margin_change": {"value": [-0.1, -1.5], "low": [-0.2, -1.9], "high": [0.0, -1.1]},
+            "safety_kl": {"value": [0.001, 0.4], "low": [0.0, 0.3], "high": [0.002, 0.6]},
+        },
+    }
+    table = figures.check_table([run])
+    assert "| lora, x | 2 | -1.50 (-1.90 to -1.10) | -2.00 | 0.4 (0.3 to 0.6) | 0.5 |" in table
+    assert "3 of the 4 values" in table
 
 
 def test_skips_are_accounted_for():

@@ -32,7 +32,7 @@ RECIPES: dict[str, Recipe] = {
 }
 
 #: Small enough for two cores; see docs for what more prompts and rows change.
-OPTIONS = Options(max_safety=5, max_tuning=6, response_tokens=10, max_length=96, rank=4, groups=3, grid=3, looks=4)
+OPTIONS = Options(max_safety=5, max_tuning=6, response_tokens=10, max_length=96, rank=4, groups=3, grid=3, looks=3)
 
 
 class Ticker(Protocol):
