@@ -155,6 +155,7 @@ HEADLINES = {
     "gram_memory_beyond_fb_gb": ("gram", "memory_beyond_fb_gb"),
     "hvp_fb_ratio": ("products", "hvp_fb_ratio"),
     "hvp_difference_fb_ratio": ("products", "hvp_difference_fb_ratio"),
+    "hvp_difference_again_fb_ratio": ("products", "hvp_difference_again_fb_ratio"),
     "hvp_difference_error": ("products", "hvp_difference_error"),
     "jvp_fb_ratio": ("products", "jvp_fb_ratio"),
     "assess_fb_ratio": ("assess", "fb_ratio"),

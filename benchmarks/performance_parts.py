@@ -187,7 +187,7 @@ def products() -> Figures:
     forward = Forward(model, trainable(model))
     tokenizer = AutoTokenizer.from_pretrained(embedded("demo:base").folder)
     rows = encode(demo.rows("demo:gsm8k")[:40], tokenizer, 112).examples
-    examples = sorted(rows, key=lambda row: abs(len(row.tokens) - 90))[:2]
+    examples = sorted(rows, key=lambda row: abs(len(row.tokens) - 90))[:16]
     exact, difference = (
         likelihood_objective(forward, examples, tokenizer.pad_token_id, 192, per="token", hessian=kind)
         for kind in ("exact", "difference")
@@ -206,6 +206,7 @@ def products() -> Figures:
     for name, work in {
         "jvp": lambda: exact.directional(v),
         "hvp_difference": lambda: difference.hvp(v),
+        "hvp_difference_again": lambda: difference.hvp(v),
         "hvp": lambda: exact.hvp(v),
     }.items():
         out[f"{name}_cpu_s"], out[f"{name}_fb_ratio"] = in_passes(keep(name, work), exact.gradient)

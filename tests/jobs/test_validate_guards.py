@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -120,6 +121,17 @@ def test_the_page_has_a_plot_and_a_table_of_guards(done: tuple[Plan, Path, dict]
     page = render_validation_page(done[2], "Trial")
     assert "Guards: tiny-copy, lora" in page
     assert f"budget {setting_text(2e-5)}" in page
+
+
+def test_how_a_forecast_is_made_does_not_matter_to_a_guarded_cell(done: tuple[Plan, Path, dict]) -> None:
+    plan = done[0]
+    asked = {
+        name: [replace(plan, options=replace(plan.options, **change)).question(cell) for cell in plan.cells()]
+        for name, change in {"as it is": {}, "looks": {"looks": 3}, "answers": {"response_tokens": 7}}.items()
+    }
+    same = [now == then for now, then in zip(asked["looks"], asked["as it is"], strict=True)]
+    assert same == [False, True, True, True]
+    assert not {*asked["answers"]} & {*asked["as it is"]}
 
 
 def test_cells_that_are_there_are_not_run_again(done: tuple[Plan, Path, dict]) -> None:

@@ -204,6 +204,30 @@ def test_passes_are_counted_and_the_model_left_alone(make_llama: Any) -> None:
     assert torch.equal(state, torch.get_rng_state())
 
 
+def test_the_first_step_along_a_path_is_sought_on_the_smallest_micro_batch(make_llama: Any) -> None:
+    forward = forward_of(make_llama)
+    sequences = drawn((9, 5, 12, 11, 8, 10, 12, 9))
+    exact = divergence_objective(forward, sequences, PAD, 14)
+    least = min(batch.tokens.numel() for _, batch in exact.inner.chunks)
+    assert 4 * least <= exact.work
+    v, a = vector(forward, 4, 1.0), vector(forward, 5, 1.0)
+    expected = exact.path_form(v, a)
+    for scale in (1.0, 1e-6):
+        difference = divergence_objective(forward, sequences, PAD, 14, hessian="difference")
+        forward.passes.tokens.clear()
+        assert_close(difference.path_form(v * scale, a * scale**2), expected * _orders(scale), rtol=1e-4, atol=0)
+        spent = forward.passes.tokens["jvp"]
+        times = range(1, ATTEMPTS + 1)
+        assert spent in {2 * (least * few + exact.work) for few in times}
+        difference.path_form(v * scale, a * scale**2)
+        assert forward.passes.tokens["jvp"] == spent + 2 * exact.work
+
+
+def _orders(scale: float) -> Tensor:
+    """What a slower clock does to the covariance of first and second derivatives."""
+    return torch.tensor([[scale**2, scale**3], [scale**3, scale**4]], dtype=torch.float64)
+
+
 @pytest.mark.parametrize("kind", ["tied", "untied", "lora"])
 @pytest.mark.parametrize("why", ["a large space", "an operation that cannot be batched"])
 def test_directions_apart_give_what_they_give_together(

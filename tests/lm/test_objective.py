@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tiltmeter.errors import NumericalError, SpaceMismatch
 from tiltmeter.lm.conversation import Example
-from tiltmeter.lm.difference import ATTEMPTS
+from tiltmeter.lm.difference import ATTEMPTS, FIRST
 from tiltmeter.lm.forward import Forward
 from tiltmeter.lm.model import Loaded, add_lora, trainable
 from tiltmeter.lm.objective import LanguageObjective, likelihood_objective, negative_margin_objective
@@ -162,8 +164,10 @@ def test_passes_are_counted(make_llama: Any) -> None:
     assert forward.passes.calls == dict.fromkeys(kinds, chunks)
     assert len(heard) == 4 * chunks
     likelihood_objective(forward, drawn(), PAD, 20, per="token", hessian="difference").hvp(v)
-    # two gradients, taken again while the step is not a good one
-    assert forward.passes.tokens["forward_backward"] - work in (2 * work, 4 * work, 2 * ATTEMPTS * work)
+    # two gradients, of one example of twelve tokens and then of all, each taken again while the step is not a good one
+    times = range(1, ATTEMPTS + 1)
+    expected = {2 * (12 * few + work * every) for few in times for every in times}
+    assert forward.passes.tokens["forward_backward"] - work in expected
 
 
 @pytest.mark.parametrize("length", [1e-3, 1.0, 1e3])
@@ -178,6 +182,43 @@ def test_differences_of_gradients_in_float32_agree_with_the_exact_product(make_l
         error = (difference.hvp(v, None, displacement) - want).norm() / want.norm()
         assert 0 < float(error) < 0.04  # 0.002 on a 135 M model, whose rounding averages out
     assert_close(difference.hvp(torch.zeros_like(v)), torch.zeros_like(v))
+
+
+def many(count: int) -> list[Example]:
+    return [example for seed in range(math.ceil(count / 5)) for example in drawn(seed)][:count]
+
+
+@pytest.mark.parametrize("length", [1e-3, 1e3])
+def test_the_first_step_is_sought_on_few_examples(make_llama: Any, length: float) -> None:
+    """Of 32 examples on two: however bad the first guess, all are differentiated at two points once."""
+    forward = forward_of(make_llama, "untied", torch.float32)
+    examples = many(32)
+    difference = likelihood_objective(forward, examples, PAD, 40, per="token", hessian="difference")
+    v = vector(forward, 4, length, torch.float32)
+    difference.learned["gradient"] = 0.3  # so long that the first product has to take several
+    found = difference.hvp(v)
+    assert forward.passes.tokens["forward_backward"] >= 4 * difference.work
+    good = difference.learned.pop("gradient")
+    forward.passes.tokens.clear()
+    again = difference.hvp(v)
+    spent = forward.passes.tokens["forward_backward"] - 2 * difference.work
+    assert 0 < spent <= 2 * ATTEMPTS * 2 * max(len(example.tokens) for example in examples)
+    assert 0.1 < difference.learned["gradient"] / good < 10
+    want = likelihood_objective(forward, examples, PAD, 40, per="token").hvp(v)
+    for one in (found, again):
+        assert float((one - want).norm() / want.norm()) < 0.04
+
+
+def test_a_process_without_examples_learns_no_step(make_llama: Any) -> None:
+    forward = forward_of(make_llama, "untied", torch.float32)
+    difference = likelihood_objective(forward, many(32), PAD, 40, per="token", hessian="difference")
+    mine = replace(difference, chunks=(), learned={})
+    v = vector(forward, 4, 1.0, torch.float32)
+    assert not mine.hvp(v).any()
+    assert mine.learned["gradient"] == pytest.approx(FIRST * mine.anchor_norm())
+    half = replace(difference, chunks=difference.chunks[::2], learned={})
+    want = replace(half, hessian="exact").hvp(v)
+    assert float((half.hvp(v) - want).norm() / want.norm()) < 0.04
 
 
 def test_scales_per_token_response_and_root(make_llama: Any) -> None:

@@ -201,6 +201,8 @@ class Plan:
             held = self.guarding
             shared = [held.prompts, held.harmless or "", held.harmless_rows]
             guards = {"guards": shared, "guard": repr(cell.guard)}
+        if cell.guard is not None:  # nothing is foretold for it: how that is done does not matter
+            return store.digest_json({**guards, "run": self.run(cell), "grid": self.options.grid})
         return store.digest_json(
             {
                 **guards,

@@ -20,6 +20,9 @@ FIRST, FIRST_SLOPE = 3e-7, 4e-8
 #: them up until the model is another one.
 SHORTEST, LONGEST = 1e-10, 3e-4
 
+#: A first step length is sought on one example in so many, where their change is about that of all.
+PILOT = 16
+
 #: Differences that are made at most before the last is taken as it is.
 ATTEMPTS = 3
 

@@ -196,24 +196,21 @@ class DivergenceObjective:
         size, anchor = norm(velocity), self.inner.anchor_norm()
         if size == 0:
             return torch.zeros(self.m, 2, 2, dtype=torch.float64)
+        known = "slope" in self.inner.learned
         length = self.inner.learned.get("slope", FIRST_SLOPE * anchor)
-        for attempt in range(1, ATTEMPTS + 1):
-            step = length / size
-            derivatives = []
-            for t in (step, -step):
-                parameters = forward.at(None, velocity, t)
-                first, second = forward.along(velocity), forward.along(acceleration)
-                for name, p in parameters.items():  # fresh tensors, so adding in place leaves the anchor alone
-                    p.add_(second[name], alpha=t**2 / 2)
-                tangent = {name: torch.add(first[name], second[name], alpha=t) for name in parameters}
-                derivatives.append(self._slopes(parameters, tangent))
-                dtype = next(iter(parameters.values())).dtype
-                del parameters, tangent
-            self.inner.learned["slope"] = length
-            better = next_length(length, _change(*derivatives), anchor, dtype)
-            if better == length or attempt == ATTEMPTS:
-                break
-            length = better
+        chunks = [batch for _, batch in self.inner.chunks]
+        smallest = sorted(chunks, key=lambda batch: batch.tokens.numel())[:1]
+        cheap = 4 * sum(batch.tokens.numel() for batch in smallest) <= self.inner.work
+        pilot = smallest if cheap and not known else []
+        for part in (pilot, chunks) if pilot else (chunks,):
+            for attempt in range(1, ATTEMPTS + 1):
+                step = length / size
+                derivatives = self._two_slopes(velocity, acceleration, step, part)
+                self.inner.learned["slope"] = length
+                better = next_length(length, _change(*derivatives), anchor, widest(forward))
+                if better == length or attempt == ATTEMPTS:
+                    break
+                length = better
         out = torch.zeros(self.m, 2, 2, dtype=torch.float64)
         for number, (members, batch) in enumerate(self.inner.chunks):
             ahead, behind = derivatives[0][number], derivatives[1][number]
@@ -222,11 +219,28 @@ class DivergenceObjective:
             out[members] = per_sequence(covariance.cpu(), _supervised(batch))
         return finite(out, "path form")
 
-    def _slopes(self, parameters: dict[str, Tensor], tangent: dict[str, Tensor]) -> list[Tensor]:
+    def _two_slopes(
+        self, velocity: Tensor, acceleration: Tensor, step: float, chunks: Sequence[Batch]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Derivatives of log p along the path at a step ahead and a step behind, per micro-batch."""
+        forward, out = self.inner.forward, []
+        for t in (step, -step):
+            parameters = forward.at(None, velocity, t)
+            first, second = forward.along(velocity), forward.along(acceleration)
+            for name, p in parameters.items():  # fresh tensors, so adding in place leaves the anchor alone
+                p.add_(second[name], alpha=t**2 / 2)
+            tangent = {name: torch.add(first[name], second[name], alpha=t) for name in parameters}
+            out.append(self._slopes(parameters, tangent, chunks))
+            del parameters, tangent
+        return out[0], out[1]
+
+    def _slopes(
+        self, parameters: dict[str, Tensor], tangent: dict[str, Tensor], chunks: Sequence[Batch]
+    ) -> list[Tensor]:
         """Derivative of log p along a tangent, [P, vocabulary] per micro-batch."""
         out = []
         with torch.no_grad(), second_order():
-            for _, batch in self.inner.chunks:
+            for batch in chunks:
                 self.inner.forward.passes.add("jvp", batch.tokens.numel())
 
                 def read(at: dict[str, Tensor], batch: Batch = batch) -> Tensor:

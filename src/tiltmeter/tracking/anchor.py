@@ -48,7 +48,7 @@ class TrackerOptions:
         refusal_every: generate and judge answers at every so many measurements; 0 for never, since generation is dear.
         commutator_every: exchange a safety step and a task step at every so many measurements; 0 for never, since it
             costs four gradients.
-        every: steps between measurements; None chooses the smallest interval that costs less than a tenth of training.
+        every: steps between measurements; None chooses the smallest interval that costs less than 5 % of training.
         also: further steps to measure at, such as those of a forecast.
         refusal_opening: how a refusal of this model begins.
         compliance_opening: how a compliant answer begins.

@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass
 
 #: Share of the training time that measuring may take, at its interval.
-OVERHEAD = 0.1
+OVERHEAD = 0.05
 
 #: Interval where nothing is known of the cost of a step.
 UNKNOWN = 64
 
 #: The interval is chosen from counted tokens; one pass over a few hundred tokens costs more than its tokens say.
-MARGIN = 2.0
+MARGIN = 1.6
 
 
 @dataclass(frozen=True)
