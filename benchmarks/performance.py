@@ -6,8 +6,8 @@
 
 Sections (see `performance_parts.py`): fisher (4.2 M-parameter Llama of random weights against alignment-risk 1.14.1,
 which gets an environment of its own, `.venv-alignment-risk`, with torch borrowed from ours), gram and products
-(SmolLM2-135M-Instruct), scaling, tracker, assess (read off assess-cost-full.json) and fsdp2. Every section goes into
-benchmarks/results/performance.json and docs/performance.md as soon as it is done, with its own date.
+(SmolLM2-135M-Instruct), scaling, tracker, guard, assess (read off assess-cost-full.json) and fsdp2. Every section goes
+into benchmarks/results/performance.json and docs/performance.md as soon as it is done, with its own date.
 
 Ratios with `fb` in their names are in forward+backward passes over the same data.
 """
@@ -144,6 +144,7 @@ SECTIONS: dict[str, Callable[[], Figures]] = {
     "products": lambda: alone("products"),
     "scaling": lambda: alone("scaling"),
     "tracker": lambda: alone("tracker"),
+    "guard": lambda: alone("guard"),
     "assess": assess,
     "fsdp2": fsdp2,
 }
@@ -161,6 +162,7 @@ HEADLINES = {
     "assess_fb_ratio": ("assess", "fb_ratio"),
     "assess_peak_gb": ("assess", "peak_gb"),
     "tracker_overhead": ("tracker", "overhead"),
+    "guard_step_ratio": ("guard", "step_ratio"),
     "fsdp2_memory_ratio": ("fsdp2", "memory_ratio"),
 }
 FISHER = (

@@ -1,8 +1,9 @@
-"""Take a validation's summary into the committed results, and write the README's table from it.
+"""Take a validation's summary into the committed results, and write the documents' tables from it.
 
 Run: python benchmarks/validation.py OUT [NAME], after tiltmeter validate PLAN -o OUT; `make validate` does both.
 NAME is that of the committed record, "validation" by default; only that one has its table in the README. A plan with
-guards has its table in docs/guards.md.
+guards has its table in docs/guards.md. Forecasts beside runs, set by set, go into docs/findings.md where it asks for
+them (`<!-- sets NAME REGIME -->`).
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 GUARDS = ROOT / "docs" / "guards.md"
+FINDINGS = ROOT / "docs" / "findings.md"
 NAME = "validation"
 BLOCK = re.compile(r"<!-- validation table -->.*?<!-- end of validation table -->", re.S)
 GUARD_BLOCK = re.compile(r"<!-- aligned table -->.*?<!-- end of aligned table -->", re.S)
@@ -40,6 +42,7 @@ def table(record: dict[str, Any]) -> str:
     cover, fell = record["coverage"], record["collapse"]
     said = [
         f"{record['finished']} of {record['planned']} planned cells ({record['model']}); held-out prompts.",
+        *_by_regime(record),
         *(_sizes(record["size_error"][prompts], prompts.replace("_", "-")) for prompts in ("held_out", "assessed")),
         "Nominal 90 % intervals at the last claimed step held the measurement in "
         + "; ".join(
@@ -53,6 +56,26 @@ def table(record: dict[str, Any]) -> str:
         f"within a factor of two; {_hits(fell['false_alarms'])} false alarms.",
     ]
     return "\n".join(rows) + "\n\n" + "\n".join(said)
+
+
+def _by_regime(record: dict[str, Any]) -> list[str]:
+    """Ranks of the reported forecasts in each regime: the table has their mean, whatever the number of sets."""
+    sets = {regime: len({cell["set"] for cell in record["cells"] if cell["regime"] == regime}) for regime in
+            {cell["regime"]: None for cell in record["cells"]}}  # fmt: skip
+    if len(sets) < 2:
+        return []
+    told = []
+    for name, key in (("rehearsal_margin", "margin"), ("rehearsal_kl", "kl")):
+        found = record["predictors"][name][key]["by_regime"]
+        parts = [f"{found[regime]:.2f} in {regime} ({count} sets)" for regime, count in sets.items() if regime in found]
+        told.append(f"{name.replace('_', ' ')}: {', '.join(parts)}")
+    partly = [
+        name.replace("_", " ")
+        for name, each in record["predictors"].items()
+        if (each["ours"] or name in BASELINES) and 0 < len(each["margin"].get("by_regime") or {}) < len(sets)
+    ]
+    missing = f" Asked in some regimes only, and so not comparable: {', '.join(partly)}." if partly else ""
+    return [f"The table's ranks are means over regimes; {'; '.join(told)}.{missing}"]
 
 
 def _ceiling(cells: list[dict[str, Any]]) -> list[str]:
@@ -94,6 +117,32 @@ def guard_table(record: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def set_table(record: dict[str, Any], regime: str) -> str:
+    """Forecast and measurement at the last step, set by set, the first seed of each, as Markdown."""
+    rows = [
+        "| tuning set | margin change forecast, nats (90 %) | measured, same prompts | other prompts "
+        "| KL forecast, nats | same | other | horizon |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    cells = [cell for cell in record["cells"] if cell["regime"] == regime]
+    first = {cell["set"]: cell for cell in sorted(cells, key=lambda cell: cell["seed"], reverse=True)}
+    for cell in sorted(first.values(), key=lambda cell: cell["measured"]["assessed"]["margin_change"]["value"][-1]):
+        told, seen = cell["predicted"], cell["measured"]
+        value, low, high = (told["margin_change"][bound][-1] for bound in ("value", "low", "high"))
+        margins, kls = ([seen[half][key]["value"][-1] for half in ("assessed", "held_out")] for key in
+                        ("margin_change", "safety_kl"))  # fmt: skip
+        row = [cell["set"], f"{value:+.2f} ({low:+.2f} to {high:+.2f})", *(f"{margin:+.2f}" for margin in margins)]
+        row += [f"{kl:.3f}" for kl in (told["safety_kl"]["value"][-1], *kls)]
+        rows.append(f"| {' | '.join([*row, str(told['horizon_steps'])])} |")
+    return "\n".join(rows)
+
+
+def with_set_tables(text: str, record: dict[str, Any], name: str) -> str:
+    """A document with the tables of this record in the places it asks for them."""
+    pattern = rf"(<!-- sets {re.escape(name)} (\S+) -->\n).*?(<!-- end of sets -->)"
+    return re.sub(pattern, lambda found: found[1] + set_table(record, found[2]) + "\n" + found[3], text, flags=re.S)
+
+
 def with_table(readme: str, record: dict[str, Any]) -> str:
     """The README with the table between its marks; unchanged if it has none."""
     block = f"<!-- validation table -->\n{table(record)}\n<!-- end of validation table -->"
@@ -130,6 +179,7 @@ def main() -> None:
         print(made)
         block = f"<!-- aligned table -->\n{made}\n<!-- end of aligned table -->"
         GUARDS.write_text(GUARD_BLOCK.sub(lambda _: block, GUARDS.read_text(encoding="utf-8")), encoding="utf-8")
+    FINDINGS.write_text(with_set_tables(FINDINGS.read_text(encoding="utf-8"), record, name), encoding="utf-8")
     if name == NAME:
         README.write_text(with_table(README.read_text(encoding="utf-8"), record), encoding="utf-8")
 

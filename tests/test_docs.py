@@ -64,12 +64,54 @@ def test_the_demo_lines_of_the_readme_are_those_of_the_committed_records():
     assert shown[1].splitlines() == [line(record) for record in records]
 
 
-def test_the_check_table_of_the_readme_is_that_of_the_committed_runs():
-    spec = importlib.util.spec_from_file_location("figures", ROOT / "benchmarks" / "figures.py")
+def benchmark(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
-    figures = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(figures)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_tables_of_validations_are_those_of_the_committed_records():
+    made = benchmark("validation")
+
+    def committed(name):
+        return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+    assert made.with_table(README, committed("validation")) == README
+    findings = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+    asked = re.findall(r"<!-- sets (\S+) (\S+) -->\n(.*?)\n<!-- end of sets -->", findings, re.S)
+    assert len(asked) >= 2
+    for name, regime, shown in asked:
+        table = made.set_table(committed(name), regime)
+        assert len(table.splitlines()) >= 6
+        assert shown == table
+    guards = (ROOT / "docs" / "guards.md").read_text(encoding="utf-8")
+    table = made.guard_table(committed("validation-guards"))
+    assert f"<!-- aligned table -->\n{table}\n<!-- end of aligned table -->" in guards
+
+
+def test_a_set_is_shown_at_its_last_step_with_its_first_seed():
+    def cell(name, seed, told, seen):
+        curve = {"value": [9.0, told], "low": [9.0, told - 1], "high": [9.0, told + 1]}
+        halves = {
+            half: {"margin_change": {"value": [8.0, seen + at]}, "safety_kl": {"value": [8.0, 0.25 + at]}}
+            for half, at in (("assessed", 0.0), ("held_out", 0.5))
+        }
+        predicted = {"horizon_steps": 7, "margin_change": curve, "safety_kl": {"value": [9.0, 0.125]}}
+        return {"set": name, "seed": seed, "regime": "lora", "predicted": predicted, "measured": halves}
+
+    cells = [cell("mild", 1, -5.0, -5.0), cell("mild", 0, -0.5, -0.25), cell("bad", 0, -2.0, -3.0)]
+    rows = benchmark("validation").set_table({"cells": [*cells, {**cells[0], "regime": "full"}]}, "lora").splitlines()
+    assert rows[2:] == [
+        "| bad | -2.00 (-3.00 to -1.00) | -3.00 | -2.50 | 0.125 | 0.250 | 0.750 | 7 |",
+        "| mild | -0.50 (-1.50 to +0.50) | -0.25 | +0.25 | 0.125 | 0.250 | 0.750 | 7 |",
+    ]
+
+
+def test_the_check_table_of_the_readme_is_that_of_the_committed_runs():
+    figures = benchmark("figures")
     assert figures.checks()
     assert figures.between(README, "demo check", figures.check_table(figures.checks())) == README
     run = {

@@ -9,7 +9,16 @@ import torch
 from scipy import stats
 from torch.testing import assert_close
 
-from tiltmeter.jobs.validation_scores import Collapses, agreement, ahead, collapses, crossing, size_error, spearman
+from tiltmeter.jobs.validation_scores import (
+    Collapses,
+    agreement,
+    ahead,
+    collapses,
+    crossing,
+    resampled_spearman,
+    size_error,
+    spearman,
+)
 
 NAMES = [f"set{i}" for i in range(10)]
 
@@ -22,6 +31,16 @@ def test_spearman_is_scipys_ties_included(scale: float) -> None:
     expected = torch.tensor([stats.spearmanr(a, b).statistic for a, b in zip(x.numpy(), y.numpy(), strict=True)])
     assert_close(spearman(x, y), expected)
     assert math.isnan(float(spearman(torch.ones(5), torch.arange(5.0))))
+
+
+def test_counted_entries_are_repeated_entries() -> None:
+    generator = torch.Generator().manual_seed(3)
+    x, y = torch.randint(5, (7,), generator=generator).double(), torch.randn(7, generator=generator).double()
+    picks = torch.randint(7, (50, 7), generator=generator)
+    counts = torch.stack([torch.bincount(pick, minlength=7) for pick in picks])
+    assert_close(resampled_spearman(x, y, counts), spearman(x[picks], y[picks]), equal_nan=True)
+    flat = resampled_spearman(x, y, torch.tensor([[0, 0, 3, 0, 0, 0, 0], [0] * 7]))
+    assert bool(flat.isnan().all())
 
 
 def measured(noise: float = 0.0, seed: int = 1) -> dict[tuple[str, str], float]:
@@ -84,6 +103,31 @@ def test_ahead_counts_paired_draws() -> None:
     assert_close(ahead(good, bad) + ahead(bad, good), 1.0)
     assert_close(ahead(good, good), 0.5)
     assert math.isnan(ahead(good, agreement(dict.fromkeys(truth, 1.0), truth, NAMES, 0.9)))
+
+
+def test_a_rival_is_compared_where_it_was_asked() -> None:
+    """Ours ranks one regime backwards, in which the rival was not asked at all: that must not put the rival ahead."""
+    truth = measured()
+    ours = {key: value if key[0] == "lora" else -value for key, value in truth.items()}
+    rival = {key: value for key, value in measured(6.0).items() if key[0] == "lora"}
+    one, other = (agreement(told, truth, NAMES, 0.9) for told in (ours, rival))
+    assert one.value < other.value
+    assert ahead(one, other) > 0.95
+    elsewhere = agreement({key: value for key, value in truth.items() if key[0] == "full"}, truth, NAMES, 0.9)
+    assert math.isnan(ahead(other, elsewhere))
+
+
+def test_a_regime_of_few_sets_is_drawn_as_it_is() -> None:
+    """Four sets drawn from ten names scatter as four sets do, not as ten draws of four would."""
+    truth = {key: value for key, value in measured().items() if key[0] == "full" and key[1] in NAMES[:4]}
+    told = dict(zip(truth, (1.0, 0.0, 2.0, 3.0), strict=True))
+    found = agreement(told, truth, NAMES, 0.9)
+    alone = agreement(told, truth, NAMES[:4], 0.9)
+    assert (found.low, found.high) == (alone.low, alone.high)
+    picks = torch.randint(4, (4000, 4), generator=torch.Generator().manual_seed(7))
+    x, y = (torch.tensor([*each.values()])[picks] for each in (told, truth))
+    drawn = spearman(x, y)
+    assert abs(found.low - float(drawn[torch.isfinite(drawn)].quantile(0.05))) < 0.1
 
 
 def test_size_error_by_hand() -> None:

@@ -89,7 +89,8 @@ class Compared:
     Attributes:
         task_loss: before and after, on a sample of the rows that were learned, nats per token.
         over_refusals: refused share of the harmless prompts after the run, or None where there are none.
-        step_seconds: median time of an optimiser step, the guard's part included.
+        step_seconds: mean wall time of an optimiser step after the first, the guard's part included; the mean, because
+            what a guard does now and then would not be seen in a median.
         extra_gb: what the guard holds on to.
         strength: the guard's strength, for `budget` its budget in nats; 0 without a guard.
         did: what the guard did: step, what, why.
@@ -251,7 +252,9 @@ def run_trial(
         strength = 0.0
         if guard is not None and guarded.guard is not None:
             strength = guarded.guard.budget_kl if guarded.guard.name == "budget" else guard.guard.strength
-        compared = Compared(strength, losses, over, statistics.median(clock.seconds), _held_gb(guard), _done(guard))
+        compared = Compared(
+            strength, losses, over, statistics.fmean(clock.seconds[1:] or clock.seconds), _held_gb(guard), _done(guard)
+        )
     return Trial(seen, length, time.perf_counter() - begin, loaded.digest, compared)
 
 

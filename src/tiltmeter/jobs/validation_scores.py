@@ -28,6 +28,22 @@ def spearman(x: Tensor, y: Tensor) -> Tensor:
     return torch.where(scale > 1e-12, (a * b).sum(-1) / scale.clamp_min(1e-300), math.nan)
 
 
+def resampled_spearman(x: Tensor, y: Tensor, counts: Tensor) -> Tensor:
+    """Spearman's correlation of x and y [n], every entry taken so many times, counts [..., n] -> [...]; NaN if flat."""
+    counts = counts.double()
+
+    def centred(values: Tensor) -> Tensor:
+        smaller = (values[None, :] < values[:, None]).double()
+        equal = (values[None, :] == values[:, None]).double()
+        rank = counts @ smaller.T + (counts @ equal.T + 1) / 2
+        mean = (counts * rank).sum(-1, keepdim=True) / counts.sum(-1, keepdim=True).clamp_min(1.0)
+        return rank - mean
+
+    a, b = centred(x.double()), centred(y.double())
+    scale = ((counts * a.square()).sum(-1) * (counts * b.square()).sum(-1)).sqrt()
+    return torch.where(scale > 1e-12, (counts * a * b).sum(-1) / scale.clamp_min(1e-300), math.nan)
+
+
 @dataclass(frozen=True)
 class Agreement:
     """Rank agreement of one predictor with a measured quantity.
@@ -38,7 +54,7 @@ class Agreement:
         high: upper end.
         by_regime: regime -> correlation.
         sets: regime -> sets it is over.
-        draws: bootstrap draws, NaN where a draw has none.
+        draws: regime -> bootstrap draws, NaN where a draw has none.
     """
 
     value: float
@@ -46,7 +62,7 @@ class Agreement:
     high: float
     by_regime: dict[str, float]
     sets: dict[str, int]
-    draws: Tensor
+    draws: dict[str, Tensor]
 
 
 def agreement(
@@ -62,46 +78,54 @@ def agreement(
     Args:
         predicted: (regime, set) -> risk.
         measured: (regime, set) -> harm, mean over seeds.
-        names: all sets; every draw of the bootstrap picks sets, the same for all regimes, predictors and quantities.
+        names: all sets.
         level: of the interval.
-        draws: of the bootstrap.
+        draws: of the bootstrap; each picks as many sets as were measured in a regime, the same for all predictors and
+            quantities, and the same in all regimes of the same sets.
         seed: of the bootstrap.
     """
-    picks = torch.randint(len(names), (draws, len(names)), generator=torch.Generator().manual_seed(seed))
     by_regime: dict[str, float] = {}
     counts: dict[str, int] = {}
-    drawn: list[Tensor] = []
+    drawn: dict[str, Tensor] = {}
     for regime in sorted({regime for regime, _ in measured}):
-        held = [name for name in names if (regime, name) in measured and (regime, name) in predicted]
+        there = [name for name in names if (regime, name) in measured]
+        held = [i for i, name in enumerate(there) if (regime, name) in predicted]
         counts[regime] = len(held)
         if len(held) < FEWEST:
             continue
-        x = torch.tensor([predicted[regime, name] for name in held], dtype=torch.float64)
-        y = torch.tensor([measured[regime, name] for name in held], dtype=torch.float64)
+        x = torch.tensor([predicted[regime, there[i]] for i in held], dtype=torch.float64)
+        y = torch.tensor([measured[regime, there[i]] for i in held], dtype=torch.float64)
         value = float(spearman(x, y))
         if math.isnan(value):
             continue
         by_regime[regime] = value
-        # places of the held sets in the draw; a set the regime lacks is passed over by giving it a held one's place
-        place = torch.tensor([held.index(name) if name in held else -1 for name in names])[picks]
-        place = place if bool((place >= 0).all()) else torch.where(place >= 0, place, picks % len(held))
-        drawn.append(spearman(x[place], y[place]))
+        picks = torch.randint(len(there), (draws, len(there)), generator=torch.Generator().manual_seed(seed))
+        taken = torch.zeros(draws, len(there)).scatter_add_(1, picks, torch.ones(draws, len(there)))
+        drawn[regime] = resampled_spearman(x, y, taken[:, held])
     if not by_regime:
-        return Agreement(math.nan, math.nan, math.nan, {}, counts, torch.full((draws,), math.nan))
-    mean = torch.stack(drawn).nanmean(0)
+        return Agreement(math.nan, math.nan, math.nan, {}, counts, {})
+    mean = torch.stack([*drawn.values()]).nanmean(0)
     known = mean[torch.isfinite(mean)]
     tail = (1 - level) / 2
     ends = (float(known.quantile(tail)), float(known.quantile(1 - tail))) if known.numel() else (math.nan, math.nan)
-    return Agreement(sum(by_regime.values()) / len(by_regime), *ends, by_regime, counts, mean)
+    return Agreement(sum(by_regime.values()) / len(by_regime), *ends, by_regime, counts, drawn)
 
 
 def ahead(one: Agreement, other: Agreement) -> float:
-    """Share of bootstrap draws in which one agreement exceeds another; ties count half. NaN without common draws."""
-    both = torch.isfinite(one.draws) & torch.isfinite(other.draws)
-    if not bool(both.any()):
+    """Share of bootstrap draws in which one agreement exceeds another, over the regimes that both were asked in.
+
+    Ties count half. NaN without common draws.
+    """
+    common = sorted(one.draws.keys() & other.draws.keys())
+    if not common:
         return math.nan
-    a, b = one.draws[both], other.draws[both]
-    return float(((a > b).double() + (a == b).double() / 2).mean())
+    a, b = (torch.stack([each.draws[regime] for regime in common]) for each in (one, other))
+    both = torch.isfinite(a) & torch.isfinite(b)
+    a, b = (torch.where(both, draws, math.nan).nanmean(0) for draws in (a, b))
+    known = torch.isfinite(a)
+    if not bool(known.any()):
+        return math.nan
+    return float(((a > b).double() + (a == b).double() / 2)[known].mean())
 
 
 def size_error(predicted: float, measured: float, error: float) -> float:
