@@ -5,7 +5,8 @@
     make bench                                          the same as the first
 
 Sections (see `performance_parts.py`): fisher (4.2 M-parameter Llama of random weights against alignment-risk 1.14.1,
-which gets an environment of its own, `.venv-alignment-risk`, with torch borrowed from ours), gram and products
+which gets an environment of its own, `.venv-alignment-risk`, with torch borrowed from ours), peers (Hessian products by
+curvlinops and hessian-eigenthings, in `.venv-peers`), gram and products
 (SmolLM2-135M-Instruct), scaling, tracker, guard, assess (read off assess-cost-full.json) and fsdp2. Every section goes
 into benchmarks/results/performance.json and docs/performance.md as soon as it is done, with its own date.
 
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from performance_page import page
+from safetensors.torch import load_file
 
 from tiltmeter.jobs.provenance import provenance
 from tiltmeter.store import write_text
@@ -33,6 +35,7 @@ RESULT = HERE / "results" / "performance.json"
 ASSESSMENT = HERE / "results" / "assess-cost-full.json"
 PAGE = HERE.parent / "docs" / "performance.md"
 RIVAL = HERE.parent / ".venv-alignment-risk"
+PEERS = HERE.parent / ".venv-peers"
 PARTS = HERE / "performance_parts.py"
 
 NO_GPU = "there was no GPU on the machine that this was measured on"
@@ -43,9 +46,20 @@ UNMEASURED = {
     "four_bit": NO_GPU,
     "gram_16_vectors_fb_ratio": "16 vectors of 135 M numbers take 8.6 GB, which the machine could not spare; "
     "gram_vectors_fb_ratio is with 4 of them, and with 16 on the 4.2 M-parameter model",
-    "curvlinops": "not compared",
-    "hessian_eigenthings": "not compared",
 }
+
+#: Of the section peers, with what they import at run time.
+PEER_PACKAGES = (
+    "curvlinops-for-pytorch==3.0.1",
+    "hessian-eigenthings==1.0.0a5",
+    "backpack-for-pytorch==1.7.1",
+    "einconv",
+    "einops",
+    "jaxtyping",
+    "linear_operator==0.6.1",
+    "unfoldNd",
+    "wadler_lindig",
+)
 
 Figures = dict[str, Any]
 
@@ -59,23 +73,24 @@ def alone(*words: str, python: Path = Path(sys.executable), script: Path = PARTS
     return found
 
 
-def rival() -> Path:
-    """Python of an environment with alignment-risk alone; torch and the rest are those of this one."""
-    python = RIVAL / "bin" / "python"
-    if not python.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(RIVAL)], check=True)
-        site = next(RIVAL.glob("lib/python*/site-packages"))
+def environment(folder: Path, *packages: str) -> Path:
+    """Python of an environment with these packages, not what they ask for; torch and the rest are those of this one."""
+    python = folder / "bin" / "python"
+    if not (folder / "complete").exists():
+        subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+        site = next(folder.glob("lib/python*/site-packages"))
         ours = next(path for path in map(Path, sys.path) if (path / "torch").is_dir())
         (site / "borrowed.pth").write_text(f"{ours}\n", encoding="utf-8")
         install = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        subprocess.run([str(python), *install, "alignment-risk==1.14.1"], check=True)
+        subprocess.run([str(python), *install, *packages], check=True)
+        (folder / "complete").touch()
     return python
 
 
 def fisher() -> Figures:
     """Top 16 Fisher directions of 64 examples, ours and theirs; their numbers over ours."""
     inputs = RIVAL.parent / ".venv-alignment-risk-inputs"
-    python = rival()
+    python = environment(RIVAL, "alignment-risk==1.14.1")
     alone("fisher-inputs", str(inputs))
     found = {name: alone(f"fisher-{name}", str(inputs)) for name in ("directions", "vectors")}
     for method in ("svd", "randomized_svd"):
@@ -90,6 +105,24 @@ def fisher() -> Figures:
     out["largest_eigenvalue_difference"] = max(
         abs(a / b - 1) for a, b in zip(theirs["eigenvalues"], ours["eigenvalues"], strict=True)
     )
+    return out
+
+
+def peers() -> Figures:
+    """One Hessian product of a small Llama by others; CPU time and memory over ours."""
+    inputs = str(RIVAL.parent / ".venv-alignment-risk-inputs" / "peers")
+    python = environment(PEERS, *PEER_PACKAGES)
+    about = alone("peers-inputs", inputs)
+    ours = alone("peers-ours", inputs)
+    out: Figures = {**about, "ours": ours}
+    want = load_file(f"{inputs}/ours.safetensors")["exact"].double()
+    for library in ("curvlinops", "hessian-eigenthings"):
+        theirs = alone(inputs, library, python=python, script=HERE / "performance_peers.py")
+        found = load_file(f"{inputs}/{library}.safetensors")["product"].double()
+        key = library.replace("-", "_")
+        out[key] = {**theirs, "difference": float((found - want).norm() / want.norm())}
+        out[f"{key}_cpu_ratio"] = theirs["cpu_s"] / ours["exact_cpu_s"]
+        out[f"{key}_memory_ratio"] = theirs["extra_peak_gb"] / ours["extra_peak_gb"]
     return out
 
 
@@ -140,6 +173,7 @@ def assess() -> Figures:
 
 SECTIONS: dict[str, Callable[[], Figures]] = {
     "fisher": fisher,
+    "peers": peers,
     "gram": gram,
     "products": lambda: alone("products"),
     "scaling": lambda: alone("scaling"),
@@ -151,6 +185,10 @@ SECTIONS: dict[str, Callable[[], Figures]] = {
 
 #: Key of the result -> section, key there.
 HEADLINES = {
+    "hvp_cpu_ratio_to_curvlinops": ("peers", "curvlinops_cpu_ratio"),
+    "hvp_memory_ratio_to_curvlinops": ("peers", "curvlinops_memory_ratio"),
+    "hvp_cpu_ratio_to_hessian_eigenthings": ("peers", "hessian_eigenthings_cpu_ratio"),
+    "hvp_memory_ratio_to_hessian_eigenthings": ("peers", "hessian_eigenthings_memory_ratio"),
     "gram_fb_ratio": ("gram", "fb_ratio"),
     "gram_vectors_fb_ratio": ("gram", "with_vectors_fb_ratio"),
     "gram_memory_beyond_fb_gb": ("gram", "memory_beyond_fb_gb"),

@@ -44,6 +44,15 @@ ROWS: dict[str, tuple[str, str, str]] = {
         "",
         ".1e",
     ),
+    **{
+        f"hvp_{what}_ratio_to_{library}": (
+            f"{told} of an exact Hessian product by {library} over ours, 4.2 M parameters",
+            "",
+            ".2f",
+        )
+        for library in ("curvlinops", "hessian_eigenthings")
+        for what, told in (("cpu", "CPU time"), ("memory", "memory"))
+    },
     "gram_fb_ratio": ("Gram matrix of 64 examples, 135 M parameters, fb", "<= 2", ".2f"),
     "gram_vectors_fb_ratio": ("the same with 4 vectors lifted, fb", "<= 4 with 16", ".2f"),
     "gram_memory_beyond_fb_gb": (

@@ -30,7 +30,7 @@ from tiltmeter.jobs.inputs import open_model
 from tiltmeter.jobs.recipe import Lora
 from tiltmeter.jobs.subject import with_lora
 from tiltmeter.jobs.training import arguments_of, build_trainer, train
-from tiltmeter.lm.conversation import Batch, batches, encode
+from tiltmeter.lm.conversation import Batch, Example, batches, encode
 from tiltmeter.lm.forward import Forward
 from tiltmeter.lm.gram import combine
 from tiltmeter.lm.gram import gram as gram_of
@@ -78,7 +78,7 @@ def split(batch: Batch, size: int) -> list[Batch]:
     return [Batch(*pair) for pair in zip(batch.tokens.split(size), batch.labels.split(size), strict=True)]
 
 
-def random_llama(width: int = 256, layers: int = 4, vocabulary: int = 2048) -> Any:
+def random_llama(width: int = 256, layers: int = 4, vocabulary: int = 2048, activation: str = "silu") -> Any:
     """A Llama of random weights; by default 4.2 M parameters."""
     torch.manual_seed(0)
     settings = LlamaConfig(
@@ -87,6 +87,7 @@ def random_llama(width: int = 256, layers: int = 4, vocabulary: int = 2048) -> A
         intermediate_size=int(width * 2.6875),
         num_hidden_layers=layers,
         num_attention_heads=4,
+        hidden_act=activation,
         initializer_range=0.05,
         pad_token_id=2,
     )
@@ -130,6 +131,38 @@ def fisher(folder: str, vectors: bool) -> Figures:
             score_loss(model(input_ids=part.tokens, use_cache=False).logits, part.labels).sum().backward()
 
     out["forward_backward_cpu_s"] = cpu_seconds(passes)
+    return out
+
+
+def peers_inputs(folder: str) -> Figures:
+    """Write what all sides of `peers` get; GELU, because curvlinops 3.0.1 has no Hessian product through SiLU."""
+    model, batch = random_llama(activation="gelu"), random_batch(16, LENGTH, 2048, 1.0)
+    model.save_pretrained(folder)
+    size = sum(p.numel() for p in model.parameters())
+    vector = torch.randn(size, generator=torch.Generator().manual_seed(1))
+    save_file({"tokens": batch.tokens, "labels": batch.labels, "vector": vector}, f"{folder}/batch.safetensors")
+    return {"parameters": size, "examples": 16, "tokens": batch.tokens.numel()}
+
+
+def peers_ours(folder: str) -> Figures:
+    """Our exact Hessian product, and one by differences, of the mean loss over supervised tokens."""
+    model = LlamaForCausalLM.from_pretrained(folder).eval()
+    forward, held = Forward(model, trainable(model)), load_file(f"{folder}/batch.safetensors")
+    examples = [
+        Example(tuple(t), tuple(k), 0) for t, k in zip(held["tokens"].tolist(), held["labels"].tolist(), strict=True)
+    ]
+    exact, difference = (
+        likelihood_objective(forward, examples, 2, EXAMPLES * LENGTH, per="token", hessian=kind)
+        for kind in ("exact", "difference")
+    )
+    exact.gradient()
+    before, out = peak_gb(), Figures()
+    products: dict[str, torch.Tensor] = {}
+    for name, objective in (("exact", exact), ("difference", difference)):
+        out[f"{name}_cpu_s"] = cpu_seconds(lambda n=name, o=objective: products.update({n: o.hvp(held["vector"])}))
+        out.setdefault("extra_peak_gb", peak_gb() - before)
+    out["forward_backward_cpu_s"] = cpu_seconds(exact.gradient)
+    save_file(products, f"{folder}/ours.safetensors")
     return out
 
 
@@ -340,6 +373,8 @@ if __name__ == "__main__":
         "fisher-inputs": fisher_inputs,
         "fisher-directions": lambda folder: fisher(folder, vectors=False),
         "fisher-vectors": lambda folder: fisher(folder, vectors=True),
+        "peers-inputs": peers_inputs,
+        "peers-ours": peers_ours,
         "gram": gram,
         "gram-passes": gram_passes,
         "products": products,

@@ -88,8 +88,11 @@ def measure_slope(
         total = torch.zeros(())
         for index in members.tolist():
             gradient = _clipped(objective.gradient(batches[index], displacement), index, clip, norms)
+            if len(norms) == 2:  # the first square is made when the second gradient is there: two batches never hold it
+                square = mean.square()
+            if len(norms) > 1:
+                square.addcmul_(gradient, gradient)
             mean = _add(mean, gradient)
-            square = gradient.square() if square.ndim == 0 else square.addcmul_(gradient, gradient)
             if len(parts) > 1:
                 total = _add(total, gradient)
             del gradient  # before the next one is made

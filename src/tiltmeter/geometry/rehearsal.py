@@ -18,7 +18,7 @@ from torch import Tensor
 from tiltmeter.geometry.clock import Clock
 from tiltmeter.geometry.metric import Metric
 from tiltmeter.geometry.moments import moments_of
-from tiltmeter.geometry.motion import Slope
+from tiltmeter.geometry.motion import Slope, narrow
 
 
 class Look(Protocol):
@@ -29,7 +29,7 @@ class Look(Protocol):
 
         Args:
             number: of the look, from 0.
-            displacement: where, [n]; None for the anchor.
+            displacement: where, [n], in bfloat16 when n is large; None for the anchor.
         """
         ...
 
@@ -82,7 +82,7 @@ class Rehearsal:
             if displacement is not None and direction is not None:
                 # the gradients of these steps are taken after `begin` to `end - 1` steps: here is their middle
                 ahead = (covered[end - 1] - covered[begin]) / 2
-                where = torch.add(displacement, direction, alpha=-ahead)
+                where = narrow(torch.add(displacement, direction, alpha=-ahead))  # in a look memory is fullest
                 del direction
             slope = look(number, where)
             del where

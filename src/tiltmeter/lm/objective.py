@@ -126,10 +126,14 @@ class LanguageObjective:
         with second_order():
             for loss in self._weighted(leaves, weights, "hvp"):
                 slopes = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
-                along = torch.stack([(g * tangent[name]).sum() for name, g in zip(leaves, slopes, strict=True)]).sum()
-                products = torch.autograd.grad(along, list(leaves.values()), allow_unused=True)
+                # gradients that depend on no parameter have no graph; v goes in from behind, without a product g'v
+                held = [(g, tangent[name]) for name, g in zip(leaves, slopes, strict=True) if g.requires_grad]
+                if not held:
+                    continue
+                outputs, weighted_by = zip(*held, strict=True)
+                products = torch.autograd.grad(outputs, list(leaves.values()), weighted_by, allow_unused=True)
                 for name, part in zip(leaves, products, strict=True):
-                    if part is not None:  # a parameter whose gradient does not depend on any parameter
+                    if part is not None:  # a parameter that no gradient depends on
                         total[name].add_(part)
         return out
 
