@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,8 +89,8 @@ class Compared:
     Attributes:
         task_loss: before and after, on a sample of the rows that were learned, nats per token.
         over_refusals: refused share of the harmless prompts after the run, or None where there are none.
-        step_seconds: mean wall time of an optimiser step after the first, the guard's part included; the mean, because
-            what a guard does now and then would not be seen in a median.
+        step_seconds: mean time of an optimiser step after the first, the guard's part included; the mean, because what
+            a guard does now and then would not be seen in a median.
         extra_gb: what the guard holds on to.
         strength: the guard's strength, for `budget` its budget in nats; 0 without a guard.
         did: what the guard did: step, what, why.
@@ -125,8 +125,15 @@ class Trial:
 
 @dataclass
 class StepClock(TrainerCallback):  # type: ignore[misc]  # transformers has no types
-    """Times optimiser steps; put it before callbacks that measure, whose time is not the step's."""
+    """Times optimiser steps; put it before callbacks that measure, whose time is not the step's.
 
+    Attributes:
+        now: CPU time on a CPU, so that other work on the machine does not count; wall time on a GPU.
+        seconds: of every step.
+        begin: when the step under way began.
+    """
+
+    now: Callable[[], float]
     seconds: list[float] = field(default_factory=list)
     begin: float = 0.0
 
@@ -134,11 +141,11 @@ class StepClock(TrainerCallback):  # type: ignore[misc]  # transformers has no t
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """A step begins."""
-        self.begin = time.perf_counter()
+        self.begin = self.now()
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """It has ended."""
-        self.seconds.append(time.perf_counter() - self.begin)
+        self.seconds.append(self.now() - self.begin)
 
 
 @dataclass
@@ -221,7 +228,7 @@ def run_trial(
     trainer = build_trainer(loaded, encoded.examples, recipe, fields)
     watch = Watch(loaded.model, standings, frozenset({*steps, recipe.steps}))
     watch.measure(0)
-    clock = StepClock()
+    clock = StepClock(time.process_time if loaded.model.device.type == "cpu" else time.perf_counter)
     callbacks: list[TrainerCallback] = [clock, watch]
     sample = [encoded.examples[i] for i in spread(len(encoded.examples), TASK_ROWS)]
     task = likelihood_objective(forward, sample, pad, max_tokens, per="token") if guarded else None
