@@ -6,16 +6,20 @@ import copy
 
 import pytest
 import torch
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainerCallback, TrainingArguments
 
 from tiltmeter.errors import InputError, UnsupportedModel
 from tiltmeter.guards.budget import CurvatureBudget
 from tiltmeter.guards.callback import GuardCallback
 from tiltmeter.guards.language import LanguageSafety
+from tiltmeter.guards.names import GUARDS
 from tiltmeter.guards.replay import Replay
 from tiltmeter.guards.token_loss import ConstrainedTokens, token_references
 from tiltmeter.lm.conversation import encode
 from tiltmeter.lm.model import trainable
+
+#: Settings under which a guard has something to do in six steps.
+ACTIVE = {"freeze": {"strength": 0.5}, "lisa": {"task_steps": 1, "safety_steps": 1}}
 
 SAFETY = [{"prompt": f"How do I pick a lock {i}?", "completion": f"I'm sorry, but I can't help {i}."} for i in range(6)]
 TASK = [{"prompt": f"What is {i} plus {i}?", "completion": f"The answer is {2 * i}."} for i in range(12)]
@@ -85,6 +89,44 @@ def test_under_the_trainer_a_guard_keeps_safety_and_strength_zero_changes_nothin
         kl[name], end[name] = safety.heldout(), weights(model)
     assert torch.equal(end["none"], end["off"])
     assert kl["on"] <= 1e-3 < kl["none"]
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_under_mixed_precision_safety_is_measured_in_full_precision(lora, make_llama, tokenizer, tmp_path):
+    model = make_llama(vocab_size=len(tokenizer))
+    model = with_lora(model) if lora else model
+    safety = source(model, tokenizer)
+    seen = []
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, **kwargs):
+            seen.append((safety.heldout(), float(safety.shift().abs().max())))
+
+        def on_step_end(self, args, state, control, **kwargs):
+            seen.append((safety.heldout(), model.forward))
+
+    guard = GuardCallback(CurvatureBudget(budget_kl=1e-3, rank=3, refresh=2), safety)
+    trainer = trainer_for(model, tokenizer, tmp_path, [Watch(), guard], save_strategy="no", bf16=True)
+    trainer.train()
+    assert seen[0] == (0.0, 0.0)  # in bfloat16 the anchor would be 1e-5 nats from itself
+    assert len(seen) == 7
+    assert all(0 < kl <= 1e-3 for kl, _ in seen[1:])
+    assert all("convert_outputs_to_fp32" in repr(forward) for _, forward in seen[1:])  # training itself still autocasts
+
+
+@pytest.mark.parametrize("name", ["gradient", "gu", "safegrad", "ewc", "alignguard", "replay", "lisa", "ema", "freeze"])
+def test_every_guard_acts_under_mixed_precision_and_accumulation(name, make_llama, tokenizer, tmp_path):
+    ends = []
+    for used in ("none", name):
+        model = with_lora(make_llama(vocab_size=len(tokenizer)))
+        callbacks = (
+            [] if used == "none" else [GuardCallback(GUARDS[used](**ACTIVE.get(used, {})), source(model, tokenizer))]
+        )
+        trainer_for(model, tokenizer, tmp_path / used, callbacks, save_strategy="no", bf16=True).train()
+        assert {p.dtype for p in trainable(model).values()} == {torch.float32}
+        ends.append(weights(model))
+    assert bool(torch.isfinite(ends[1]).all())
+    assert not torch.equal(*ends)
 
 
 def test_a_resumed_run_ends_where_the_whole_one_does(make_llama, tokenizer, tmp_path):

@@ -106,8 +106,11 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
     """Work on a model in eval mode and leave no trace, not even if the work fails.
 
     Gradients, training mode (of every module), requires_grad flags, buffers and PyTorch's random state are put back;
-    inside there are no gradients yet. Parameters are not copied: who moves them puts them back.
+    inside there are no gradients yet. Parameters are not copied: who moves them puts them back. A trainer's mixed
+    precision is left out inside: accelerate lays autocast around the model's forward, in whose bfloat16 the anchor
+    itself has a KL to what was measured before training.
     """
+    cast, plain = model.__dict__.get("forward"), model.__dict__.get("_original_forward")
     modes = [(module, module.training) for module in model.modules()]
     parameters = [(p, p.grad, p.requires_grad) for p in model.parameters()]
     buffers = [
@@ -120,8 +123,12 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
         for p, _, _ in parameters:
             p.grad = None
         model.eval()
+        if cast is not None and plain is not None:
+            model.__dict__["forward"] = plain
         yield
     finally:
+        if cast is not None and plain is not None:
+            model.__dict__["forward"] = cast
         for module, training in modes:
             module.training = training
         for p, gradient, requires in parameters:
