@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from bent import G, H, N, gradient, normal, slope
@@ -173,6 +175,22 @@ def test_moments_of_a_large_space_are_kept_narrow(monkeypatch: pytest.MonkeyPatc
         assert_close(end(metric), exact, rtol=0.05, atol=0)
         monkeypatch.undo()
     assert moments.narrow is motion.narrow
+
+
+@pytest.mark.parametrize("kind", OPTIMISERS)
+def test_an_anchor_gradient_kept_narrow_drives_the_path_in_full_precision(kind: str) -> None:
+    """Only the gradient has three digits; what is summed up from it and from later ones has all."""
+    anchor = slope(gradient(torch.zeros(N, dtype=torch.float64)).float())
+    coarse = replace(anchor, mean=anchor.mean.bfloat16(), spread=anchor.spread.bfloat16())
+    exact = replace(anchor, mean=coarse.mean.float(), spread=coarse.spread.float())
+
+    def end(first: Slope) -> Tensor:
+        path = Rehearsal(OPTIMISERS[kind][0], Clock.constant(1e-3, 12), 4)
+        ((_, displacement),) = path.walk(lambda number, where: first if number == 0 else anchor, [12])
+        return displacement
+
+    assert end(coarse).dtype == torch.float32
+    assert_close(end(coarse), end(exact), rtol=1e-6, atol=0)
 
 
 def test_another_metric_is_refused() -> None:

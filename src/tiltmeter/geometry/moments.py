@@ -24,7 +24,7 @@ class Moments(Protocol):
         """Take in one gradient for a number of steps.
 
         Args:
-            mean: mini-batch gradients over these steps, their mean [n].
+            mean: mini-batch gradients over these steps, their mean [n]; bfloat16 is taken as the float32 it stands for.
             spread: their standard deviation [n].
             steps: how many; the memory fades as over so many steps.
 
@@ -56,16 +56,18 @@ class AdamMoments:
         self.met += steps
         # corrected averages are moved, not raw ones: their weights stay far above what bfloat16 rounds away
         shares = [(1 - beta**steps) / (1 - beta**self.met) for beta in self.metric.betas]
-        out = torch.empty_like(mean)
+        wide = torch.promote_types(mean.dtype, torch.float32)
+        out = torch.empty_like(mean, dtype=wide)
         if self.first is None or self.second is None:
-            self.first = narrow(torch.empty_like(mean))
-            self.second = narrow(torch.empty_like(mean))
+            self.first = narrow(torch.empty_like(out))
+            self.second = narrow(torch.empty_like(out))
         for part in pieces(mean):
-            new = mean[part], mean[part].square() + spread[part].to(mean.dtype).square()
+            value = mean[part].to(wide)
+            new = value, value.square() + spread[part].to(wide).square()
             held = []
-            for kept, value, share in zip((self.first, self.second), new, shares, strict=True):
+            for kept, met, share in zip((self.first, self.second), new, shares, strict=True):
                 # the first share is one, and what was held before it is not a number yet
-                moved = value if share == 1.0 else torch.lerp(kept[part].to(value.dtype), value, share)
+                moved = met if share == 1.0 else torch.lerp(kept[part].to(wide), met, share)
                 kept[part] = moved
                 held.append(moved)
             out[part] = held[0] / held[1].sqrt().add_(self.metric.epsilon)
@@ -90,20 +92,21 @@ class SgdMoments:
 
     def meet(self, mean: Tensor, spread: Tensor, steps: int) -> Tensor:
         """Velocity, per unit of what a constant gradient would have built up."""
-        momentum = self.metric.momentum
+        momentum, wide = self.metric.momentum, torch.promote_types(mean.dtype, torch.float32)
         if momentum == 0:
-            return mean.clone()
+            return mean.to(wide, copy=True)
         self.met += steps
         built = (1 - momentum**self.met) / (1 - momentum)
         share = (1 - momentum**steps) / (1 - momentum**self.met)
-        out = torch.empty_like(mean)
+        out = torch.empty_like(mean, dtype=wide)
         if self.carried is None:
-            self.carried = narrow(mean.clone())
+            self.carried = narrow(mean.to(wide, copy=True))
         for part in pieces(mean):
-            moved = torch.lerp(self.carried[part].to(mean.dtype), mean[part], share)
+            value = mean[part].to(wide)
+            moved = torch.lerp(self.carried[part].to(wide), value, share)
             self.carried[part] = moved
             ahead = momentum * built
-            out[part] = (mean[part] + ahead * moved) / (1 + ahead) if self.metric.nesterov else moved
+            out[part] = (value + ahead * moved) / (1 + ahead) if self.metric.nesterov else moved
         return out
 
 

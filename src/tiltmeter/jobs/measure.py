@@ -136,17 +136,20 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
     if options.curved:
         report("curved path")
         values["curved"] = _curved(subject, tuning, linear, clip, grid)
+    # what drives both first stretches waits in three digits: in a look memory is fullest
+    slope = replace(slope, mean=narrow(slope.mean))
+    linear = replace(linear, slope=slope)
     report("rehearsal with few looks")
     few = _rehearse(subject, tuning, linear, options.looks // 2, options.looks - 1, recipe, values["linear"])
     check, checked = few.values, few.noise
     del few  # its end is as large as the model
     report("rehearsal")
     most = _rehearse(subject, tuning, linear, options.looks, 0, recipe, values["linear"])
-    values["rehearsed"] = most.values
-    end, length, sample = most.end, norm(most.end), len(tuning.encoded.examples)
-    layer_slopes = _layer_slopes(subject, end, float(covered[-1]))
-    del end
-    walk = random_direction(slope.mean, length, options.seed)
+    values["rehearsed"], look_rows, path_noise = most.values, most.rows, most.noise
+    length, sample = norm(most.end), len(tuning.encoded.examples)
+    layer_slopes = _layer_slopes(subject, most.end, float(covered[-1]))
+    walk = random_direction(most.end, length, options.seed)
+    del most
     every = sample / len(forms), clock, covered, recipe.batch_size, sample, len(tuning.rows.rows)
     noise = row_noise(rows, forms, *every)
     return Findings(
@@ -163,11 +166,11 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
         ritz,
         values,
         check,
-        most.rows,
+        look_rows,
         subject.standing(walk),
         length,
         noise,
-        replace(noise, path=most.noise),
+        replace(noise, path=path_noise),
         replace(noise, path=checked),
         layer_slopes,
     )
