@@ -222,7 +222,7 @@ def assembled(sections: dict[str, Figures]) -> Figures:
         out[key] = sections.get(section, {}).get("figures", {}).get(inner)
         if out[key] is None:
             told = sections.get(section, {}).get("figures", {}).get("reason")
-            reasons[key] = told or f"the section {section} was not run yet"
+            reasons[key] = told or f"the section {section} was not run" + (" since" if section in sections else " yet")
     figures = sections.get("fisher", {}).get("figures", {})
     out["fisher_vs_alignment_risk"] = {key: figures.get(key) for key in FISHER}
     if not figures:

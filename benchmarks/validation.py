@@ -128,11 +128,12 @@ def set_table(record: dict[str, Any], regime: str) -> str:
     first = {cell["set"]: cell for cell in sorted(cells, key=lambda cell: cell["seed"], reverse=True)}
     for cell in sorted(first.values(), key=lambda cell: cell["measured"]["assessed"]["margin_change"]["value"][-1]):
         told, seen = cell["predicted"], cell["measured"]
-        value, low, high = (told["margin_change"][bound][-1] for bound in ("value", "low", "high"))
+        bounds = [told["margin_change"][bound][-1] for bound in ("value", "low", "high")]
+        change = "not told" if None in bounds else "{:+.2f} ({:+.2f} to {:+.2f})".format(*bounds)
         margins, kls = ([seen[half][key]["value"][-1] for half in ("assessed", "held_out")] for key in
                         ("margin_change", "safety_kl"))  # fmt: skip
-        row = [cell["set"], f"{value:+.2f} ({low:+.2f} to {high:+.2f})", *(f"{margin:+.2f}" for margin in margins)]
-        row += [f"{kl:.3f}" for kl in (told["safety_kl"]["value"][-1], *kls)]
+        row = [cell["set"], change, *(f"{margin:+.2f}" for margin in margins)]
+        row += ["not told" if kl is None else f"{kl:.3f}" for kl in (told["safety_kl"]["value"][-1], *kls)]
         rows.append(f"| {' | '.join([*row, str(told['horizon_steps'])])} |")
     return "\n".join(rows)
 

@@ -79,7 +79,7 @@ def test_tables_of_validations_are_those_of_the_committed_records():
     def committed(name):
         return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
 
-    assert made.with_table(README, committed("validation")) == README
+    assert f"<!-- validation table -->\n{made.table(committed('validation'))}\n<!-- end of validation" in README
     findings = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
     asked = re.findall(r"<!-- sets (\S+) (\S+) -->\n(.*?)\n<!-- end of sets -->", findings, re.S)
     assert len(asked) >= 2
@@ -113,7 +113,7 @@ def test_a_set_is_shown_at_its_last_step_with_its_first_seed():
 def test_the_check_table_of_the_readme_is_that_of_the_committed_runs():
     figures = benchmark("figures")
     assert figures.checks()
-    assert figures.between(README, "demo check", figures.check_table(figures.checks())) == README
+    assert f"<!-- demo check -->\n{figures.check_table(figures.checks())}\n<!-- end of demo check -->" in README
     run = {
         "name": "lora-x",
         "steps": [1, 2],

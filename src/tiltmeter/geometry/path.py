@@ -51,9 +51,11 @@ class LinearPath:
     def displacement(self, step: int) -> Tensor:
         """-a_k direction(g) - decay a_k theta, [n]."""
         covered = float(self.metric.flow_time(self.clock)[step])
-        out = torch.empty_like(self.slope.mean)
+        mean, spread = self.slope.mean, self.slope.spread
+        wide = torch.promote_types(mean.dtype, torch.float32)  # gradients may be kept narrow
+        out = torch.empty_like(mean, dtype=wide)
         for part in pieces(out):
-            out[part] = self.metric.direction(self.slope.mean[part], self.slope.spread[part]) * -covered
+            out[part] = self.metric.direction(mean[part].to(wide), spread[part].to(wide)) * -covered
         return _decay(out, self.metric, covered, self.decayed)
 
 

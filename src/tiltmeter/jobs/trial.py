@@ -82,6 +82,10 @@ class Guarded:
     harmless: tuple[Any, ...] = ()
 
 
+#: How `Compared.step_seconds` is taken; cells of a plan with guards that were timed otherwise are not compared.
+TIMING = "mean after the first step; CPU time on a CPU, wall time on a GPU"
+
+
 @dataclass(frozen=True)
 class Compared:
     """What guards are compared by.
@@ -89,8 +93,8 @@ class Compared:
     Attributes:
         task_loss: before and after, on a sample of the rows that were learned, nats per token.
         over_refusals: refused share of the harmless prompts after the run, or None where there are none.
-        step_seconds: mean time of an optimiser step after the first, the guard's part included; the mean, because what
-            a guard does now and then would not be seen in a median.
+        step_seconds: time of an optimiser step, the guard's part included, see `TIMING`; a mean, because what a guard
+            does now and then would not be seen in a median.
         extra_gb: what the guard holds on to.
         strength: the guard's strength, for `budget` its budget in nats; 0 without a guard.
         did: what the guard did: step, what, why.

@@ -20,6 +20,7 @@ from tiltmeter.jobs.inputs import open_rows
 from tiltmeter.jobs.predict import chosen
 from tiltmeter.jobs.recipe import Recipe, recipe_of
 from tiltmeter.jobs.subject import Options
+from tiltmeter.jobs.trial import TIMING
 from tiltmeter.lm.rows import RowSet, digest_of
 from tiltmeter.lm.safety import spread
 
@@ -200,7 +201,7 @@ class Plan:
         if self.guarding is not None:
             held = self.guarding
             shared = [held.prompts, held.harmless or "", held.harmless_rows]
-            guards = {"guards": shared, "guard": repr(cell.guard)}
+            guards = {"guards": shared, "guard": repr(cell.guard), "timing": TIMING}
         if cell.guard is not None:  # nothing is foretold for it: how that is done does not matter
             return store.digest_json({**guards, "run": self.run(cell), "grid": self.options.grid})
         return store.digest_json(

@@ -81,7 +81,8 @@ def agreement(
         names: all sets.
         level: of the interval.
         draws: of the bootstrap; each picks as many sets as were measured in a regime, the same for all predictors and
-            quantities, and the same in all regimes of the same sets.
+            quantities, and the same in all regimes of the same sets. Regimes of other sets are drawn by themselves:
+            that some of their sets are the same is left out of the mean's interval.
         seed: of the bootstrap.
     """
     by_regime: dict[str, float] = {}

@@ -211,6 +211,7 @@ class DivergenceObjective:
                 if better == length or attempt == ATTEMPTS:
                     break
                 length = better
+                del derivatives
         out = torch.zeros(self.m, 2, 2, dtype=torch.float64)
         for number, (members, batch) in enumerate(self.inner.chunks):
             ahead, behind = derivatives[0][number], derivatives[1][number]

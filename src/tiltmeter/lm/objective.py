@@ -141,19 +141,23 @@ class LanguageObjective:
         size, anchor = norm(v), self.anchor_norm()
         if size == 0:
             return torch.zeros_like(v)
-        length = self.learned.get("gradient", FIRST * anchor)
+        step = self.learned.get("gradient", FIRST * anchor) / size
         few = None if "gradient" in self.learned else self._pilot(weights)
         if few is not None:
-            length = self._differ(v, few, displacement, length / size, anchor)[1] * size
-        out, step = self._differ(v, weights, displacement, length / size, anchor)
-        self.learned["gradient"] = step * size
+            step = self._differ(v, few, displacement, step, anchor)[2] or step
+        out, step, better = self._differ(v, weights, displacement, step, anchor)
+        if better is not None:
+            self.learned["gradient"] = step * size
         return out.div_(-2 * step)
 
     def _differ(
         self, v: Tensor, weights: Tensor | None, displacement: Tensor | None, step: float, anchor: float
-    ) -> tuple[Tensor, float]:
-        """Gradient behind minus gradient ahead, at a good step or the last that was tried, and that step."""
-        size = norm(v)
+    ) -> tuple[Tensor, float, float | None]:
+        """Gradient behind minus gradient ahead at a good step, or the last one tried.
+
+        Returns: the difference; its step; the step to go on with, None where there was no gradient to tell by.
+        """
+        size, better = norm(v), None
         for attempt in range(1, ATTEMPTS + 1):
             # here the most vectors are alive: what earlier gradients freed is not kept (0.7 GB each on a 135 M model)
             release()
@@ -162,26 +166,26 @@ class LanguageObjective:
             out.neg_()
             release()
             self._gradient(self.forward.at(displacement, v, -step), weights, out)
-            if ahead == 0 or attempt == ATTEMPTS:
+            if ahead == 0:
                 break
             better = next_length(step * size, norm(out) / (2 * ahead), anchor, widest(self.forward)) / size
-            if better == step:
+            if math.isclose(better, step) or attempt == ATTEMPTS:
                 break
             step = better
             del out
-        return out, step
+        return out, step, better
 
     def _pilot(self, weights: Tensor | None) -> Tensor | None:
         """Weights of the few examples on which a step is sought first; None where that would save little."""
         held = sorted({int(example) for members, _ in self.chunks for example in self.owner[members]})
-        if weights is not None:
+        if weights is not None and weights.shape == (self.m,):  # what is wrong is told where they are used
             held = [example for example, weight in zip(held, weights[held].tolist(), strict=True) if weight]
         count = math.ceil(len(held) / PILOT)
         if 4 * count > len(held) or not count:
             return None
         chosen = [held[(2 * i + 1) * len(held) // (2 * count)] for i in range(count)]
         few = torch.zeros(self.m, dtype=torch.float64)
-        few[chosen] = 1.0 / count if weights is None else weights.double().cpu()[chosen]
+        few[chosen] = 1.0 / count if weights is None or len(weights) != self.m else weights.double().cpu()[chosen]
         return few
 
     def anchor_norm(self) -> float:
