@@ -17,7 +17,6 @@ from torch.testing import assert_close
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from tiltmeter.errors import NumericalError, SpaceMismatch
-from tiltmeter.lm import objective as objective_module
 from tiltmeter.lm.conversation import Example
 from tiltmeter.lm.difference import ATTEMPTS
 from tiltmeter.lm.forward import Forward
@@ -208,21 +207,6 @@ def test_the_first_step_is_sought_on_few_examples(make_llama: Any, length: float
     want = likelihood_objective(forward, examples, PAD, 40, per="token").hvp(v)
     for one in (found, again):
         assert float((one - want).norm() / want.norm()) < 0.04
-
-
-@pytest.mark.parametrize(("large", "times"), [(2, 1), (2**25, 0)])
-def test_along_a_path_of_a_large_space_memory_is_given_back(
-    make_llama: Any, monkeypatch: pytest.MonkeyPatch, large: int, times: int
-) -> None:
-    forward = forward_of(make_llama, "untied")
-    objective = likelihood_objective(forward, drawn(), PAD, 40, per="token")
-    released: list[int] = []
-    monkeypatch.setattr(objective_module, "LARGE", large)
-    monkeypatch.setattr(objective_module, "release", lambda: released.append(1))
-    objective.gradient()
-    assert not released
-    objective.gradient(None, vector(forward, 1, 1.0))
-    assert len(released) == times
 
 
 def test_a_process_without_examples_learns_no_step(make_llama: Any) -> None:

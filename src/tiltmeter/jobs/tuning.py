@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tiltmeter.errors import DataError
-from tiltmeter.geometry.motion import Slope, measure_slope
+from tiltmeter.geometry.motion import LARGE, Slope, measure_slope
 from tiltmeter.jobs.recipe import Recipe
 from tiltmeter.jobs.subject import Options, Subject
 from tiltmeter.lm.conversation import Encoded, Example, encode
@@ -192,7 +192,8 @@ def _in_batches(
         subject.forward,
         examples,
         subject.loaded.tokenizer.pad_token_id,
-        subject.max_tokens,
+        # in a large space gradients are asked for while many vectors are alive: micro-batches are half as large
+        subject.max_tokens // 2 if subject.forward.space.size > LARGE else subject.max_tokens,
         per="token",
         hessian=subject.hessian,
         groups=members,

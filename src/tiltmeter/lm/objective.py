@@ -12,7 +12,6 @@ from torch import Tensor
 from torch.func import jvp
 
 from tiltmeter.errors import NumericalError, OutOfMemory, SpaceMismatch
-from tiltmeter.geometry.motion import LARGE
 from tiltmeter.geometry.space import ParameterSpace, norm
 from tiltmeter.lm.conversation import Batch, Example, batches
 from tiltmeter.lm.difference import ATTEMPTS, FIRST, PILOT, next_length
@@ -102,8 +101,6 @@ class LanguageObjective:
     @shrinking
     def gradient(self, weights: Tensor | None = None, displacement: Tensor | None = None) -> Tensor:
         """G' w [n]; micro-batches whose weights are all zero are skipped. Cost: one forward+backward of the rest."""
-        if displacement is not None and self.space.size > LARGE:
-            release()  # along a path many vectors are alive: what the gradient before freed is not kept
         return self._gradient(self.forward.at(displacement), weights)
 
     def _gradient(self, parameters: dict[str, Tensor], weights: Tensor | None, onto: Tensor | None = None) -> Tensor:
