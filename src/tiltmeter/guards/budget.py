@@ -33,8 +33,11 @@ DENSE = 2**26
 #: Shares of the budget at which replay begins, a pull-back begins, and a pull-back ends.
 REPLAY, CEILING, RESERVE = 0.3, 0.9, 0.6
 
-#: Safety examples in a step of replay: few, since every step has its own and Adam's moments are means over many.
-REPLAYED = 4
+#: Safety examples in a step of replay: one, since every step has another and Adam's moments are means over many.
+REPLAYED = 1
+
+#: Weight of the past in the mean of replayed gradients, the slope of the safety KL that is known without a pass.
+REMEMBERED = 0.75
 
 #: Share of the budget below which directions are not measured again.
 FELT = 0.1
@@ -95,7 +98,7 @@ class CurvatureBudget:
         self._measure(model)
 
     def shape_gradient(self, model: Trainee) -> None:
-        """Add the gradient of the safety KL while replay is called for. Cost: then a backward pass over 4 examples."""
+        """Add the gradient of the safety KL while replay is called for. Cost: then a backward pass over an example."""
         if not self.memory.numbers["replaying"]:
             return
         divergence = model.safety.divergence
@@ -104,7 +107,8 @@ class CurvatureBudget:
         if length > 0:
             share = self.strength * self.memory.numbers["share"] * norm(task) / length
             model.write_gradient(task.add_(safety.to(task), alpha=share))
-            self.memory.tensors["rise"] = safety
+            past = self.memory.tensors.get("slope")
+            self.memory.tensors["slope"] = safety if past is None else safety.lerp_(past, REMEMBERED)
 
     def shape_update(self, model: Trainee, before: Tensor) -> None:
         """Hold the update to the ellipsoid; measure directions and held-out KL when due."""
@@ -187,7 +191,7 @@ class CurvatureBudget:
 
     def _level(self, model: Trainee, before: Tensor) -> None:
         """While KL is felt, take out of the update what raises it to first order; the slope is known from replay."""
-        slope = self.memory.tensors.pop("rise", None)
+        slope = self.memory.tensors.get("slope")
         if slope is None or (rise := dot(slope, model.moved(before).to(slope))) <= 0:
             return
         d = model.preconditioner()
@@ -200,7 +204,9 @@ class CurvatureBudget:
         """Measure held-out KL; begin or end replay, pull back, and say when to look again."""
         numbers, tensors, budget = self.memory.numbers, self.memory.tensors, self.budget_kl
         kl, last = model.safety.heldout(), numbers.get("kl", 0.0)
-        rate = max(0.0, kl - last) / max(1, model.step - numbers.get("checked", 0))
+        rate = max(0.0, math.sqrt(max(0.0, kl)) - math.sqrt(max(0.0, last))) / max(
+            1, model.step - numbers.get("checked", 0)
+        )
         replaying = kl > REPLAY * budget and self.replay_share > 0 and budget > 0
         if replaying != bool(numbers["replaying"]):
             what = "replay begins" if replaying else "replay ends"
@@ -208,16 +214,17 @@ class CurvatureBudget:
             numbers["replaying"] = int(replaying)
             if not replaying:
                 numbers["share"] = max(self.replay_share, numbers["share"] / 2)
+                tensors.pop("slope", None)
         if kl > CEILING * budget and budget > 0:
-            result = pull_back(model, RESERVE * budget, budget, tensors["inside"])
+            result = pull_back(model, kl, RESERVE * budget, budget, tensors["inside"], tensors.get("slope"))
             self.memory.note(model.step, f"pulled back {result.how}", f"held-out KL {kl:.2e} -> {result.kl:.2e} nats")
             kl = result.kl
             numbers["share"] = min(MOST_REPLAY * self.replay_share, 2 * numbers["share"])
             self._recount(model)
         if kl <= budget:
             tensors["inside"] = model.vector()
-        # half of the steps that are left at the present rate, and at most twice as many as the last time
-        left = (CEILING * budget - kl) / rate / 2 if rate > 0 else math.inf
+        # KL is a square of the way, so its root grows evenly: the steps that are left, at most twice those of last time
+        left = (math.sqrt(CEILING * budget) - math.sqrt(max(0.0, kl))) / rate if rate > 0 else math.inf
         wait = max(1, math.floor(min(self.check, 2 * numbers["wait"], left)))
         numbers.update(kl=kl, checked=model.step, wait=wait, next_check=model.step + wait)
 

@@ -6,13 +6,14 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
 from tiltmeter import store
-from tiltmeter.errors import InputError, OutputExists
+from tiltmeter.errors import InputError, OutputExists, UnsupportedModel
 from tiltmeter.guards.callback import GuardCallback
 from tiltmeter.jobs.checkpoints import check_checkpoint, last_checkpoint
 from tiltmeter.jobs.guarding import GuardOptions, attach_guard, prompts_for_guard
@@ -33,9 +34,10 @@ from tiltmeter.jobs.track import (
 )
 from tiltmeter.jobs.training import TrainerName, arguments_of, build_trainer, check_precision, train
 from tiltmeter.lm.conversation import Encoded, encode
-from tiltmeter.lm.processes import join, together
+from tiltmeter.lm.model import trainable
+from tiltmeter.lm.processes import is_main, join, together
 from tiltmeter.lm.rows import RowSet
-from tiltmeter.lm.sharding import refuse_divided
+from tiltmeter.lm.sharding import fulfilled, is_divided
 from tiltmeter.tracking.alarm import Budgets
 from tiltmeter.tracking.anchor import TrackerOptions
 from tiltmeter.tracking.callback import Listener, TrackerCallback
@@ -132,18 +134,19 @@ def finetune(
         report: told of every stage.
 
     Started in several processes (`accelerate launch`, torchrun), it trains with the trainer's own data parallelism; the
-    main process alone measures and writes, and the others come back with an empty record.
+    main process alone measures and writes, and the others come back with an empty record. Where they divide the frozen
+    weights (FSDP2), all of them measure, since a layer is gathered by all.
 
     Returns: the track, also written to `out`; the record comes last.
 
     Raises:
         OutputExists: `out` holds a run and `resume` was not given, or the run is finished.
         InputError: model, data, recipe or assessment cannot be used, or `out` holds another run.
+        UnsupportedModel: the trained weights would be divided among processes, as in full fine-tuning under FSDP2.
         ModelError: a checkpoint to resume from is damaged or does not fit.
 
     Cost: that of the run, plus `record["overhead"]`.
     """
-    refuse_divided("finetune")
     join(device)
     together(lambda: _check_folder(out, resume))
     foretold = None if assessment is None else read_assessment(assessment)
@@ -155,6 +158,12 @@ def finetune(
         compliance_opening=compliance_opening or opened.compliance_opening,
     )
     opened = with_lora(opened, recipe.lora, seed)
+    trainable(opened.loaded.model)  # refuses divided ones, before anything is measured
+    if resume and is_divided(opened.loaded.model):
+        raise UnsupportedModel(
+            "a run under FSDP2 cannot be resumed: transformers does not keep the optimiser of a model that was divided "
+            "when it was loaded. Begin anew in another folder, or without --use_fsdp, whose runs can be resumed."
+        )
     loaded, rows = opened.loaded, open_rows(tuning)
     encoded = encode(rows.rows, loaded.tokenizer, min(recipe.max_length, loaded.context))
     run = Run(opened, open_rows(safety), rows, encoded, recipe, seed)
@@ -162,19 +171,23 @@ def finetune(
         check_same_run(foretold, _facts(run, Reasons()))
     fields = arguments_of(recipe, arguments or {}, out, loaded.model.device)
     check_precision(fields, loaded.model.device)
-    started = build_trainer(loaded, encoded.examples, recipe, fields, kind=trainer)
+    everywhere = is_divided(loaded.model)
+    if everywhere:
+        fields["save_only_model"] = True  # the trainer cannot save more there
+    with fulfilled(loaded.model):
+        started = build_trainer(loaded, encoded.examples, recipe, fields, kind=trainer)
     checkpoint = last_checkpoint(out) if resume else None
     if checkpoint is not None:
         check_checkpoint(checkpoint, loaded.model)
     report("measuring the aligned model")
     trackers: list[Tracker] = []
 
-    def track_run() -> None:
+    def track_run(folder: Path) -> None:
         tracker = Tracker(
             loaded.model,
             loaded.tokenizer,
             run.safety.rows,
-            out / TRACK,
+            folder,
             options=_options(options or TrackerOptions(), opened, foretold),
             budgets=budgets,
             about=run.about(),
@@ -182,7 +195,11 @@ def finetune(
         )
         trackers.append(tracker)
 
-    together(track_run)
+    if everywhere:
+        scratch = None if is_main() else TemporaryDirectory(prefix="tiltmeter-")  # what nobody will read
+        track_run(out / TRACK if scratch is None else Path(scratch.name) / TRACK)
+    else:
+        together(lambda: track_run(out / TRACK))
     guarding = None if guard is None else _guarded(guard, run, started, options or TrackerOptions())
     report("training")
     watchers: list[Listener] = [TrackerCallback(tracker, started.log, stop=stop_on_budget) for tracker in trackers]
@@ -190,7 +207,7 @@ def finetune(
     train(started, [*callbacks, *([] if guarding is None else [guarding[0]]), *watchers], checkpoint)
     report("writing the result")
     started.save_model(str(out / MODEL))
-    if not trackers:
+    if not is_main():
         return Track({}, {}, False)
     [tracker] = trackers
     given = budgets is not None and budgets.given

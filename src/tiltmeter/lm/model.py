@@ -19,7 +19,13 @@ from tiltmeter.lm.checkpoint import cannot, check_memory, read_gguf, read_model,
 from tiltmeter.lm.frozen import frozen_weights
 from tiltmeter.lm.sharding import divided, is_divided, whole
 
-DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+DTYPES = {
+    "auto": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float64": torch.float64,
+}
 
 #: Context of models that set no limit to it.
 UNLIMITED = 2**20

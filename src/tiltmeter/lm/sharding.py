@@ -9,12 +9,17 @@ does not pass through gathered layers: Hessian products are differences of gradi
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
 from tiltmeter.errors import UnsupportedModel
 from tiltmeter.lm.processes import launched
+
+#: What `accelerate launch --use_fsdp` sets.
+FSDP = "ACCELERATE_USE_FSDP"
 
 
 def divided(what: str) -> Any | None:
@@ -29,9 +34,9 @@ def divided(what: str) -> Any | None:
     if _asked("ACCELERATE_USE_DEEPSPEED"):
         raise UnsupportedModel(
             f"cannot load {what} under DeepSpeed: its engine owns parameters and gradients, and products of them are "
-            "what tiltmeter is made of. Launch without it, or with --use_fsdp --fsdp_version 2 for assess with LoRA."
+            "what tiltmeter is made of. Launch without it, or with --use_fsdp --fsdp_version 2 for LoRA."
         )
-    if not _asked("ACCELERATE_USE_FSDP"):
+    if not _asked(FSDP):
         return None
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise UnsupportedModel(
@@ -49,22 +54,26 @@ def divided(what: str) -> Any | None:
         ) from error
 
 
-def refuse_divided(job: str) -> None:
-    """End a job that needs whole weights in every process.
-
-    Raises:
-        UnsupportedModel: the launcher asks for FSDP or DeepSpeed.
-    """
-    if divided("a model") is not None:
-        raise UnsupportedModel(
-            f"{job} works with whole weights in every process: the main one measures while the others wait, and cannot "
-            "gather layers alone. Launch without --use_fsdp (data parallel); LoRA's gradients are small."
-        )
-
-
 def is_divided(model: nn.Module) -> bool:
     """Whether a process holds only a part of some parameter (a DTensor)."""
     return any(hasattr(p, "placements") for p in model.parameters())
+
+
+@contextmanager
+def fulfilled(model: nn.Module) -> Iterator[None]:
+    """While this lasts the launcher's wish for FSDP is not heard, if the model is divided already.
+
+    Trainers are made in here: accelerate would have them divide the model a second time.
+    """
+    before = os.environ.get(FSDP)
+    if before is None or not is_divided(model):
+        yield
+        return
+    os.environ[FSDP] = "false"
+    try:
+        yield
+    finally:
+        os.environ[FSDP] = before
 
 
 def whole(tensor: Tensor) -> Tensor:

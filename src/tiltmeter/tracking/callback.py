@@ -80,7 +80,8 @@ class Listener(TrainerCallback):  # type: ignore[misc]  # transformers has no ty
             return
         loss, tokens = output.get("loss"), kwargs.get("input_ids")
         if loss is not None:
-            self._losses.append((loss.detach(), kwargs.get("num_items_in_batch") is not None))
+            # a copy, because the trainer multiplies what the model returned by the number of processes, in place
+            self._losses.append((loss.detach().clone(), kwargs.get("num_items_in_batch") is not None))
         if isinstance(tokens, Tensor):
             self._tokens += tokens.numel()
             if self._keep_batches:

@@ -27,6 +27,7 @@ from tiltmeter.lm.model import trainable, undisturbed, wrap
 from tiltmeter.lm.objective import likelihood_objective, negative_margin_objective
 from tiltmeter.lm.rows import digest_of, read_rows
 from tiltmeter.lm.safety import refusal_rate
+from tiltmeter.lm.sharding import is_divided
 from tiltmeter.tracking.alarm import Breach, Budgets, check_budgets, default_budgets, find_breach
 from tiltmeter.tracking.anchor import Anchor, TrackerOptions, measure_anchor, measure_subspace, usable_prompts
 from tiltmeter.tracking.anchor_store import FOLDER, read_anchor, write_anchor
@@ -285,6 +286,8 @@ class Tracker:
         every = self.options.commutator_every
         if not every or step == 0 or len(self.rows) % every:
             return None, "not measured at this step, since it costs four gradients"
+        if is_divided(self.forward.model):
+            return None, "every process has other rows, and where weights are divided they can only work on the same"
         examples, reason = batch_examples(batches)
         if not examples:
             return None, reason

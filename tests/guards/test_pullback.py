@@ -1,0 +1,124 @@
+"""Pulling a model back into its budget: what it costs, and what it does where the gradient that is known is wrong."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from worlds import World
+
+from tiltmeter.geometry.space import ParameterSpace
+from tiltmeter.guards.pullback import AIM, TRIES, pull_back
+from tiltmeter.guards.trainee import Trainee
+
+
+@dataclass
+class Counted:
+    """A safety source that counts what is asked of it."""
+
+    inner: Any
+    calls: dict[str, int] = field(default_factory=lambda: {"gradient": 0, "losses": 0, "heldout": 0})
+
+    @property
+    def divergence(self) -> Any:
+        return self
+
+    def gradient(self, weights: Tensor | None = None) -> Tensor:
+        self.calls["gradient"] += 1
+        found: Tensor = self.inner.divergence.gradient(weights)
+        return found
+
+    def losses(self) -> Tensor:
+        self.calls["losses"] += 1
+        found: Tensor = self.inner.divergence.losses()
+        return found
+
+    def heldout(self) -> float:
+        self.calls["heldout"] += 1
+        return float(self.inner.heldout())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+def strayed(optimizer: str) -> tuple[World, Any, Tensor]:
+    """A world after thirty free steps, its trainee with a counted source, and the anchor."""
+    world = World(optimizer, {"sgd": 0.004, "adamw": 0.05}[optimizer])
+    model = world.train(None, 30)
+    model.safety = Counted(model.safety)
+    return world, model, world.anchor.clone()
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_known_gradient_costs_no_backward_pass(optimizer):
+    _, model, anchor = strayed(optimizer)
+    kl = model.safety.inner.heldout()
+    known = model.safety.inner.divergence.gradient()
+    result = pull_back(model, kl, 0.7 * kl, 0.9 * kl, anchor, known)
+    print(f"{optimizer}: {kl:.4f} -> {result.kl:.4f}, {result.how}, {model.safety.calls}")
+    assert result.kl <= 0.7 * kl
+    assert model.safety.calls == {"gradient": 0, "losses": 0, "heldout": 1}
+    assert result.kl == pytest.approx(model.safety.inner.heldout())
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_known_gradient_that_points_up_is_not_followed(optimizer):
+    world, model, anchor = strayed(optimizer)
+    kl, there = model.safety.inner.heldout(), world.flat.clone()
+    upward = -model.safety.inner.divergence.gradient()
+    result = pull_back(model, kl, 0.7 * kl, 0.9 * kl, anchor, upward)
+    assert result.kl <= 0.9 * kl
+    assert model.safety.calls["gradient"] >= 1
+    assert not torch.equal(there, world.flat)
+
+
+@pytest.mark.parametrize("share", [0.5, 1e-2, 1e-4])
+def test_the_cost_is_bounded_and_the_budget_kept(share):
+    """However far the model has strayed: at the last it goes back along its way, and that is said."""
+    _, model, anchor = strayed("adamw")
+    kl = model.safety.inner.heldout()
+    result = pull_back(model, kl, 0.6 * share * kl, share * kl, anchor)
+    assert model.safety.inner.heldout() == pytest.approx(result.kl)
+    assert result.kl <= share * kl
+    assert model.safety.calls["gradient"] <= TRIES
+    assert model.safety.calls["heldout"] <= 2 * TRIES + 8
+    if share == 1e-4:
+        assert "of the way since" in result.how
+
+
+@dataclass
+class Square:
+    """KL = a x^2 / 2 of one weight x, of the guard's own examples and of the held-out ones alike."""
+
+    x: Tensor
+    a: float
+    space: ParameterSpace = field(default_factory=lambda: ParameterSpace(("x",), ((1,),)))
+
+    @property
+    def divergence(self) -> Square:
+        return self
+
+    def gradient(self, weights: Tensor | None = None) -> Tensor:
+        return self.a * self.x.detach().clone()
+
+    def losses(self) -> Tensor:
+        return self.a * self.x.detach().square() / 2
+
+    def heldout(self) -> float:
+        return float(self.losses())
+
+
+@pytest.mark.parametrize("a", [1e-4, 1.0, 1e4])
+@pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("known", [True, False])
+def test_one_step_meets_its_aim_where_the_kl_is_a_square(a, optimizer, known):
+    x = nn.Parameter(torch.tensor([3.0], dtype=torch.float64))
+    safety = Square(x, a)
+    model = Trainee({"x": x}, optimizer([x], lr=0.1), safety)
+    kl = safety.heldout()
+    result = pull_back(model, kl, 0.4 * kl, kl, torch.zeros(1), safety.gradient() if known else None)
+    assert result.kl == pytest.approx(AIM * 0.4 * kl)
+    assert float(x) == pytest.approx(3.0 * (AIM * 0.4) ** 0.5)
