@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,7 @@ def table(record: dict[str, Any]) -> str:
         f"{record['finished']} of {record['planned']} planned cells ({record['model']}); held-out prompts.",
         *_by_regime(record),
         *(_sizes(record["size_error"][prompts], prompts.replace("_", "-")) for prompts in ("held_out", "assessed")),
+        *_sizes_by_regime(record, "assessed"),
         "Nominal 90 % intervals at the last claimed step held the measurement in "
         + "; ".join(
             f"{_hits(cover[prompts]['margin_change']['cells'])} (margin) and "
@@ -100,21 +103,59 @@ def _sizes(sizes: dict[str, Any], prompts: str) -> str:
     return f"Median relative size error on {prompts} prompts (margin / KL): {told}."
 
 
+def _sizes_by_regime(record: dict[str, Any], prompts: str) -> list[str]:
+    """The same at the end for each regime; nothing where there is one, or where a cell has no error."""
+    errors = [record["size_error"][prompts]["end"][key]["errors"] for key in ("margin_change", "safety_kl")]
+    regimes = [cell["regime"] for cell in record["cells"]]
+    if len(set(regimes)) < 2 or any(len(each) != len(regimes) for each in errors):
+        return []
+    told = []
+    for regime in dict.fromkeys(regimes):
+        held = [[e for e, name in zip(each, regimes, strict=True) if name == regime] for each in errors]
+        margin, kl = (_percent(statistics.median(each)) for each in held)
+        told.append(f"{regime} {margin} / {kl} ({len(held[0])} cells)")
+    return [f"At the end, by regime, on {prompts.replace('_', '-')} prompts: {'; '.join(told)}."]
+
+
 def guard_table(record: dict[str, Any]) -> str:
-    """Runs with and without guards as Markdown; "learned" is the fall of the task loss over the unguarded run's."""
+    """Runs with and without guards as Markdown, seeds side by side: smallest and largest of them.
+
+    "Learned" is the fall of the task loss over that of the unguarded run of the same seed.
+    """
     rows = [
-        "| set | guard | strength | learned | held-out KL, nats | margin, nats | refusals | over-refused | step time |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| regime | set | guard | strength | seeds | learned | held-out KL, nats | margin, nats | refusals "
+        "| over-refused | step time |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     free = {(r["set"], r["regime"], r["seed"]): r for r in record["guard_runs"] if r["guard"] == "none"}
+    grouped: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for run in record["guard_runs"]:
-        alone = free[run["set"], run["regime"], run["seed"]]
-        fall, whole = (each["task_loss_before"] - each["task_loss"] for each in (run, alone))
-        rates = [_percent(run[key]) for key in ("refusal_rate", "over_refusal_rate")]
-        cells = [run["set"], run["guard"], f"{run['strength']:g}", _percent(fall / whole), f"{run['heldout_kl']:.3g}"]
-        cells += [f"{run['margin']:+.2f}", *rates, f"{run['step_time_ratio']:.1f}x"]
-        rows.append(f"| {' | '.join(cells)} |")
+        grouped.setdefault(tuple(run[key] for key in ("regime", "set", "guard", "strength")), []).append(run)
+    for (regime, name, guard, strength), runs in grouped.items():
+        learned = []
+        for run in runs:
+            alone = free[run["set"], run["regime"], run["seed"]]
+            fall, whole = (each["task_loss_before"] - each["task_loss"] for each in (run, alone))
+            learned.append(fall / whole)
+        spread = [_spread(learned, _percent)]
+        for key, form in (
+            ("heldout_kl", "{:.3g}".format),
+            ("margin", "{:+.2f}".format),
+            ("refusal_rate", _percent),
+            ("over_refusal_rate", _percent),
+            ("step_time_ratio", "{:.1f}x".format),
+        ):
+            spread.append(_spread([run[key] for run in runs], form))
+        rows.append(f"| {' | '.join([regime, name, guard, f'{strength:g}', str(len(runs)), *spread])} |")
     return "\n".join(rows)
+
+
+def _spread(values: Sequence[float | None], form: Callable[[Any], str]) -> str:
+    """Smallest and largest of some values in words; one where they read the same."""
+    if None in values:
+        return "?"
+    least, most = form(min(values)), form(max(values))
+    return least if least == most else f"{least} to {most}"
 
 
 def set_table(record: dict[str, Any], regime: str) -> str:

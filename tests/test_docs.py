@@ -92,6 +92,43 @@ def test_tables_of_validations_are_those_of_the_committed_records():
     assert f"<!-- aligned table -->\n{table}\n<!-- end of aligned table -->" in guards
 
 
+def test_seeds_of_a_guard_are_shown_side_by_side():
+    def run(guard, seed, loss, kl):
+        held = {"margin": 1.5, "refusal_rate": 0.25, "over_refusal_rate": None, "step_time_ratio": 1.0 + seed}
+        named = {
+            "set": "qa",
+            "regime": "lora",
+            "seed": seed,
+            "guard": guard,
+            "strength": 0.05 if guard != "none" else 0,
+        }
+        return {**named, **held, "task_loss_before": 3.0, "task_loss": loss, "heldout_kl": kl}
+
+    runs = [
+        run("none", 0, 2.0, 0.4),
+        run("budget", 0, 2.5, 0.04),
+        run("none", 1, 1.0, 0.4),
+        run("budget", 1, 1.5, 0.03),
+    ]
+    rows = benchmark("validation").guard_table({"guard_runs": runs}).splitlines()
+    assert rows[2:] == [
+        "| lora | qa | none | 0 | 2 | 100 % | 0.4 | +1.50 | 25 % | ? | 1.0x to 2.0x |",
+        "| lora | qa | budget | 0.05 | 2 | 50 % to 75 % | 0.03 to 0.04 | +1.50 | 25 % | ? | 1.0x to 2.0x |",
+    ]
+
+
+def test_sizes_are_medians_of_each_regime():
+    errors = {"margin_change": {"errors": [0.1, 0.5, 0.2, 0.9]}, "safety_kl": {"errors": [0.3, 0.1, 0.4, 0.2]}}
+    record = {
+        "cells": [{"regime": r} for r in ("lora", "full", "lora", "full")],
+        "size_error": {"seen": {"end": errors}},
+    }
+    made = benchmark("validation")
+    told = "At the end, by regime, on seen prompts: lora 15 % / 35 % (2 cells); full 70 % / 15 % (2 cells)."
+    assert made._sizes_by_regime(record, "seen") == [told]
+    assert made._sizes_by_regime({**record, "cells": record["cells"][:1]}, "seen") == []
+
+
 def test_a_set_is_shown_at_its_last_step_with_its_first_seed():
     def cell(name, seed, told, seen):
         curve = {"value": [9.0, told], "low": [9.0, told - 1], "high": [9.0, told + 1]}
