@@ -119,7 +119,9 @@ def assess(
     refusal_opening: Annotated[str | None, typer.Option(help="How a refusal of this model begins.")] = None,
     compliance_opening: Annotated[str | None, typer.Option(help="How a compliant answer begins.")] = None,
     adapter: Annotated[str | None, typer.Option(help="Adapter folder to merge into the model first.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, float64 or auto.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16, float64, nf4 (LoRA only) or auto.")
+    ] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of LoRA's start and of all sampling.")] = 0,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that a hub model brings along.")] = False,
@@ -213,7 +215,9 @@ def finetune(
     refusal_opening: Annotated[str | None, typer.Option(help="How a refusal of this model begins.")] = None,
     compliance_opening: Annotated[str | None, typer.Option(help="How a compliant answer begins.")] = None,
     adapter: Annotated[str | None, typer.Option(help="Adapter folder to merge into the model first.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, float64 or auto.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16, float64, nf4 (LoRA only) or auto.")
+    ] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of LoRA's start; that of the run is in the recipe.")] = 0,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that a hub model brings along.")] = False,
@@ -297,7 +301,9 @@ def evaluate(
     refusal_opening: Annotated[str | None, typer.Option(help="How a refusal of this model begins.")] = None,
     compliance_opening: Annotated[str | None, typer.Option(help="How a compliant answer begins.")] = None,
     adapter: Annotated[str | None, typer.Option(help="Adapter folder to merge into the model first.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, float64 or auto.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16, float64, nf4 (LoRA only) or auto.")
+    ] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that a hub model brings along.")] = False,
@@ -361,7 +367,9 @@ def audit(
     budget_kl: Annotated[float | None, typer.Option(help="Exit 3 if safety KL exceeds this.")] = None,
     refusal_opening: Annotated[str | None, typer.Option(help="How a refusal of the base begins.")] = None,
     compliance_opening: Annotated[str | None, typer.Option(help="How a compliant answer begins.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, float64 or auto.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16, float64, nf4 (LoRA only) or auto.")
+    ] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record on stdout and nothing else.")] = False,
@@ -449,7 +457,9 @@ def rank(
     refusal_opening: Annotated[str | None, typer.Option(help="How a refusal of this model begins.")] = None,
     compliance_opening: Annotated[str | None, typer.Option(help="How a compliant answer begins.")] = None,
     adapter: Annotated[str | None, typer.Option(help="Adapter folder to merge into the model first.")] = None,
-    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, float64 or auto.")] = "float32",
+    dtype: Annotated[
+        str, typer.Option(help="float32, bfloat16, float16, float64, nf4 (LoRA only) or auto.")
+    ] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of LoRA's start and of all sampling.")] = 0,
     trust_remote_code: Annotated[bool, typer.Option(help="Run code that a hub model brings along.")] = False,

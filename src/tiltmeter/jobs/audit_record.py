@@ -17,6 +17,7 @@ from tiltmeter.jobs.inputs import Opened
 from tiltmeter.jobs.probe import Answered, Prompts
 from tiltmeter.jobs.provenance import provenance
 from tiltmeter.jobs.record import Reasons
+from tiltmeter.lm.four_bit import count, dtype_name
 from tiltmeter.lm.judging import Judge, unscored_reasons
 from tiltmeter.lm.measurement import Measurement, mean, share
 from tiltmeter.lm.paired import Change, paired_change
@@ -53,8 +54,8 @@ def record_of(
         "model": {
             "name": pair.base.name,
             "digest": loaded.digest,
-            "parameters": sum(p.numel() for p in loaded.model.parameters()),
-            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "parameters": sum(count(p) for p in loaded.model.parameters()),
+            "dtype": dtype_name(loaded.model),
             "device": str(loaded.model.device),
         },
         "tuned": {"name": pair.tuned.name, "kind": "adapter" if pair.extra else "full"},

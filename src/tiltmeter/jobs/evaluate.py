@@ -25,6 +25,7 @@ from tiltmeter.jobs.probe import (
     same_tokens,
 )
 from tiltmeter.jobs.subject import Report, silent
+from tiltmeter.lm.four_bit import count, dtype_name
 from tiltmeter.lm.judging import Judge, RuleJudge
 from tiltmeter.lm.likelihood import Reference, divergences, refer
 from tiltmeter.lm.rows import RowSet
@@ -237,8 +238,8 @@ def _measure(
         {
             "name": loaded.name,
             "digest": loaded.digest,
-            "parameters": sum(p.numel() for p in loaded.model.parameters()),
-            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "parameters": sum(count(p) for p in loaded.model.parameters()),
+            "dtype": dtype_name(loaded.model),
             "device": str(loaded.model.device),
         },
         safety,

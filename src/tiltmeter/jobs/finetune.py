@@ -34,6 +34,7 @@ from tiltmeter.jobs.track import (
 )
 from tiltmeter.jobs.training import TrainerName, arguments_of, build_trainer, check_precision, train
 from tiltmeter.lm.conversation import Encoded, encode
+from tiltmeter.lm.four_bit import count, dtype_name
 from tiltmeter.lm.model import trainable
 from tiltmeter.lm.processes import is_main, join, together
 from tiltmeter.lm.rows import RowSet
@@ -269,8 +270,8 @@ def _facts(run: Run, why: Reasons) -> dict[str, Any]:
         "model": {
             "name": loaded.name,
             "digest": loaded.digest,
-            "parameters": sum(p.numel() for p in loaded.model.parameters()) - (sum(sizes) if recipe["lora"] else 0),
-            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "parameters": sum(count(p) for p in loaded.model.parameters()) - (sum(sizes) if recipe["lora"] else 0),
+            "dtype": dtype_name(loaded.model),
             "device": str(loaded.model.device),
         },
         "space": {"kind": recipe["regime"], "size": sum(sizes)},

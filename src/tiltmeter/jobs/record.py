@@ -21,6 +21,7 @@ from tiltmeter.jobs.provenance import provenance
 from tiltmeter.jobs.recipe import Recipe
 from tiltmeter.jobs.subject import Options, Subject, layer_sensitivity
 from tiltmeter.jobs.tuning import Tuning
+from tiltmeter.lm.four_bit import count, dtype_name
 
 SCHEMA = "tiltmeter/assessment/1"
 
@@ -85,8 +86,8 @@ def record_of(
         "model": {
             "name": loaded.name,
             "digest": loaded.digest,
-            "parameters": sum(p.numel() for p in loaded.model.parameters()) - (space.size if lora else 0),
-            "dtype": str(loaded.model.dtype).removeprefix("torch."),
+            "parameters": sum(count(p) for p in loaded.model.parameters()) - (space.size if lora else 0),
+            "dtype": dtype_name(loaded.model),
             "device": str(subject.forward.device),
         },
         "space": {

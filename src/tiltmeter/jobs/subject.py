@@ -23,6 +23,7 @@ from tiltmeter.jobs.recipe import Lora
 from tiltmeter.lm.distributed import Sharded, shared_divergence, shared_objective, shared_standing
 from tiltmeter.lm.divergence import DivergenceObjective, divergence_objective
 from tiltmeter.lm.forward import Forward
+from tiltmeter.lm.four_bit import holds_four_bits
 from tiltmeter.lm.gram import Gram, gram, per_layer_name
 from tiltmeter.lm.kl_and_margin import reads_packed, standing
 from tiltmeter.lm.memory import release, within_memory
@@ -158,8 +159,17 @@ class Subject:
 
 
 def with_lora(opened: Opened, lora: Lora | None, seed: int) -> Opened:
-    """The model with the parameters that the recipe trains marked as trainable: a fresh LoRA adapter, or all."""
+    """The model with the parameters that the recipe trains marked as trainable: a fresh LoRA adapter, or all.
+
+    Raises:
+        UnsupportedModel: all of them, and some are packed into four bits.
+    """
     if lora is None:
+        if holds_four_bits(opened.loaded.model):
+            raise UnsupportedModel(
+                f"{opened.loaded.name} holds its weights in four bits, which cannot be trained themselves: give a LoRA "
+                "recipe (--lora-r 8), or load the weights whole (--dtype float32)"
+            )
         opened.loaded.model.requires_grad_(True)
         return opened
     loaded = add_lora(

@@ -10,7 +10,8 @@ import psutil
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from tiltmeter.errors import ModelError, OutOfMemory
+from tiltmeter.errors import ModelError, OutOfMemory, UnsupportedModel
+from tiltmeter.lm.four_bit import asks_for_four_bits, differentiable, four_bit_config
 from tiltmeter.lm.memory import map_blocks
 from tiltmeter.lm.processes import launched
 from tiltmeter.lm.sharding import divided
@@ -32,19 +33,23 @@ def cannot(what: str, error: Exception) -> ModelError:
     return ModelError(f"cannot load {what}: {type(error).__name__}: {lines[0][:300] if lines else 'no message'}")
 
 
-def read_model(name: str, dtype: torch.dtype | None, trust_remote_code: bool, device: str = "cpu") -> Any:
+def read_model(
+    name: str, dtype: torch.dtype | None, trust_remote_code: bool, device: str = "cpu", *, four_bits: bool = False
+) -> Any:
     """A causal language model from the hub or a local folder, on the CPU; or this process's part of it (`sharding`).
 
     Args:
         name: hub id or folder.
         dtype: of the parameters; None for that of the checkpoint.
         trust_remote_code: run code that comes with the model.
-        device: where a part is put; a whole model is read on the CPU.
+        device: where a part, or a model in four bits, is put; any other is read on the CPU.
+        four_bits: pack the weights of linear layers into four bits (`four_bit`).
 
     Raises:
         ModelError: no configuration, not a causal model, no safetensors, damaged, incomplete or misshapen weights.
         OutOfMemory: the weights need more memory than is free.
-        UnsupportedModel: the launcher asks for a division that is not supported.
+        UnsupportedModel: the launcher asks for a division that is not supported, or the weights are quantised in a way
+            that is not understood.
     """
     shares = divided(name)
     if shares is not None:
@@ -55,9 +60,14 @@ def read_model(name: str, dtype: torch.dtype | None, trust_remote_code: bool, de
         raise cannot(f"the configuration (config.json) of {name}", error) from error
     _check_causal(name, config, trust_remote_code)
     _check_pickle(name)
-    needed = _weight_bytes(config, dtype, trust_remote_code)
+    packed = asks_for_four_bits(config)
+    if (packed or four_bits) and shares is not None:
+        raise UnsupportedModel(f"{name} in four bits cannot be divided among processes; launch without --use_fsdp")
+    needed = _weight_bytes(config, dtype, trust_remote_code, packed or four_bits)
     check_memory(name, needed if shares is None else needed // launched(), psutil.virtual_memory().available, "main")
     place = {} if shares is None else {"distributed_config": shares, "device_map": device}
+    if packed or four_bits:
+        place = {"device_map": {"": device}, **({} if packed else {"quantization_config": four_bit_config()})}
     try:
         # Missing and misshapen tensors are let through here and reported below, all by name: transformers would only
         # warn of the missing ones, and fill them with random numbers.
@@ -76,6 +86,7 @@ def read_model(name: str, dtype: torch.dtype | None, trust_remote_code: bool, de
             raise ModelError(PICKLED.format(name=name)) from error
         raise cannot(f"the weights of {name}", error) from error
     _check_complete(name, found)
+    differentiable(model)
     return model
 
 
@@ -175,12 +186,23 @@ def _check_complete(name: str, found: dict[str, Any]) -> None:
         raise ModelError(f"the weights of {name} are incomplete: {missing[0]} is missing ({len(missing)} such tensors)")
 
 
-def _weight_bytes(config: Any, dtype: torch.dtype | None, trust_remote_code: bool) -> int:
+def _weight_bytes(config: Any, dtype: torch.dtype | None, trust_remote_code: bool, four_bits: bool) -> int:
+    """Of the weights in memory; in four bits half a byte for each of a linear layer, and an eighth more for scales."""
+    config = copy.deepcopy(config)
+    vars(config).pop("quantization_config", None)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(
             config, dtype=dtype or config.dtype or torch.float32, trust_remote_code=trust_remote_code
         )
-    return sum(p.numel() * p.element_size() for p in model.parameters())
+    whole = int(sum(p.numel() * p.element_size() for p in model.parameters()))
+    if not four_bits:
+        return whole
+    linear = {
+        id(m.weight): m.weight
+        for m in model.modules()
+        if isinstance(m, torch.nn.Linear) and m is not model.get_output_embeddings()
+    }
+    return whole - int(sum(p.numel() * p.element_size() - p.numel() * 9 // 16 for p in linear.values()))
 
 
 def _unpacked() -> dict[str, Any]:

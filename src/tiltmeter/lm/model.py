@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tiltmeter.errors import ModelError, OutOfMemory, UnsupportedModel
 from tiltmeter.lm.adapter import adapter_folder, base_of, has_tokenizer, merge, quiet
 from tiltmeter.lm.checkpoint import cannot, check_memory, read_gguf, read_model, read_tokenizer
+from tiltmeter.lm.four_bit import NF4, differentiable, holds_four_bits, scales
 from tiltmeter.lm.frozen import frozen_weights
 from tiltmeter.lm.sharding import divided, is_divided, whole
 
@@ -25,6 +26,7 @@ DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
     "float64": torch.float64,
+    NF4: torch.float32,
 }
 
 #: Context of models that set no limit to it.
@@ -67,7 +69,8 @@ def load(
         name: a hub id, a local folder, a .gguf file, or a PEFT adapter (folder or hub id), which is merged into the
             base that it names.
         adapter: a PEFT adapter (folder or hub id) to merge into `name`.
-        dtype: float32, bfloat16, float16, or auto for that of the checkpoint.
+        dtype: float32, bfloat16, float16, float64, nf4 for four-bit normal floats with float32 around them (LoRA only),
+            or auto for that of the checkpoint.
         device: auto (CUDA, else MPS, else CPU) or any device of PyTorch.
         trust_remote_code: run code that comes with the model.
 
@@ -81,8 +84,11 @@ def load(
         raise ModelError(f"unknown dtype {dtype!r}; expected one of {', '.join(DTYPES)}")
     place = _device(device)
     given = None if adapter is None else str(adapter)
-    model, tokenizer = _read(str(name), given, DTYPES[dtype], trust_remote_code, place.type)
-    if not is_divided(model):
+    if dtype == NF4:
+        model, tokenizer = _read_four_bits(str(name), given, trust_remote_code, str(place))
+    else:
+        model, tokenizer = _read(str(name), given, DTYPES[dtype], trust_remote_code, place.type)
+    if not is_divided(model) and not holds_four_bits(model):
         model = _move(model, place, str(name))
     _ensure_padding(tokenizer, model)
     full_name = str(name) if adapter is None else f"{name} + {adapter}"
@@ -90,8 +96,12 @@ def load(
 
 
 def wrap(model: Any, tokenizer: Any) -> Loaded:
-    """A model that somebody else loaded, as it stands; its tokenizer gets a padding token if it has none."""
+    """A model that somebody else loaded, as it stands; its tokenizer gets a padding token if it has none.
+
+    Layers in four bits get a product that can be differentiated (`four_bit`); their values are what they were.
+    """
     _ensure_padding(tokenizer, model)
+    differentiable(model)
     return Loaded(
         model, tokenizer, str(model.config.name_or_path or "model"), digest_of(model), _context(model, tokenizer)
     )
@@ -217,8 +227,21 @@ def digest_of(model: nn.Module) -> str:
             raise ModelError(f"parameter {name} holds values that are not finite; the checkpoint is damaged")
         digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
         # Bytes, because numpy has no bfloat16.
-        digest.update(value.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        for held in (value, *scales(p)):
+            digest.update(held.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
+
+
+def _read_four_bits(name: str, adapter: str | None, trust_remote_code: bool, device: str) -> tuple[Any, Any]:
+    """A plain checkpoint, packed as it is read; nothing can be merged into packed weights."""
+    if adapter is not None or name.lower().endswith(".gguf") or adapter_folder(name) is not None:
+        raise UnsupportedModel(
+            f"{name if adapter is None else adapter} is to be merged or unpacked, which four-bit weights cannot take "
+            "in. Save the merged model to a folder first and give that with --dtype nf4."
+        )
+    place = str(Path(name).expanduser()) if Path(name).expanduser().is_dir() else name
+    model = read_model(place, torch.float32, trust_remote_code, device, four_bits=True)
+    return model, read_tokenizer(place, trust_remote_code)
 
 
 def _read(
@@ -252,6 +275,8 @@ def _read(
 
 def _read_merged(base: str, folder: Path, dtype: torch.dtype | None, trust_remote_code: bool) -> tuple[Any, Any]:
     model, tokenizer = _read(base, None, dtype, trust_remote_code, "cpu")
+    if holds_four_bits(model):
+        raise UnsupportedModel(f"cannot merge {folder} into {base}, whose weights are packed into four bits")
     wanted = model.dtype
     # In bfloat16 a small update would be rounded away against the weight it is added to.
     merged = merge(model.float(), folder).to(wanted)

@@ -19,6 +19,7 @@ from tiltmeter import store
 from tiltmeter.errors import DegenerateError, InputError, OutputExists
 from tiltmeter.geometry.sensitivity import Sensitivity
 from tiltmeter.lm.forward import Forward
+from tiltmeter.lm.four_bit import count
 from tiltmeter.lm.generation import generate
 from tiltmeter.lm.judge import judge_refusal
 from tiltmeter.lm.kl_and_margin import reads_packed, standing
@@ -257,7 +258,7 @@ class Tracker:
         """Choose the interval from what a step and a measurement cost, once; a resumed run reads it back."""
         if self.options.every is not None or (self.folder / SETTINGS).exists():
             return
-        whole = sum(p.numel() for p in self.forward.model.parameters())
+        whole = sum(count(p) for p in self.forward.model.parameters())
         share = self.forward.space.size / whole
         work = self._standing.work + SKETCH_TOKENS * share
         self.schedule = Schedule(interval(work, tokens, frozen=share < 0.5), frozenset(self.options.also))
