@@ -7,8 +7,9 @@
 Sections (see `performance_parts.py`): fisher (4.2 M-parameter Llama of random weights against alignment-risk 1.14.1,
 which gets an environment of its own, `.venv-alignment-risk`, with torch borrowed from ours), peers (Hessian products by
 curvlinops and hessian-eigenthings, in `.venv-peers`), gram and products
-(SmolLM2-135M-Instruct), scaling, tracker, guard, assess (read off assess-cost-full.json) and fsdp2. Every section goes
-into benchmarks/results/performance.json and docs/performance.md as soon as it is done, with its own date.
+(SmolLM2-135M-Instruct), scaling, tracker, guard, assess (read off assess-cost-full.json), dtypes (the aligned model in
+float32, bfloat16 and four bits) and fsdp2. Every section goes into benchmarks/results/performance.json and
+docs/performance.md as soon as it is done, with its own date.
 
 Ratios with `fb` in their names are in forward+backward passes over the same data.
 """
@@ -43,7 +44,7 @@ NO_GPU = "there was no GPU on the machine that this was measured on"
 #: Figures of the issue of this benchmark that no section here measures.
 UNMEASURED = {
     "bf16_7b_lora_assess": NO_GPU,
-    "four_bit": NO_GPU,
+    "four_bit_on_a_gpu": NO_GPU,
     "gram_16_vectors_fb_ratio": "16 vectors of 135 M numbers take 8.6 GB, which the machine could not spare; "
     "gram_vectors_fb_ratio is with 4 of them, and with 16 on the 4.2 M-parameter model",
 }
@@ -134,6 +135,24 @@ def gram() -> Figures:
     return found
 
 
+def dtypes() -> Figures:
+    """One LoRA assessment of the aligned model with its weights in float32, bfloat16 and four bits."""
+    folder = str(RIVAL.parent / ".venv-alignment-risk-inputs" / "dtypes")
+    alone("dtypes-model", folder)
+    held = {name: alone("dtypes-assess", folder, name) for name in ("float32", "bfloat16", "nf4")}
+    out: Figures = dict(held)
+    whole = held["float32"]
+    for name, short in (("bfloat16", "bf16"), ("nf4", "nf4")):
+        out[f"{short}_anchor_kl"] = alone("dtypes-kl", folder, name)["kl"]
+        for key in ("margin_change", "safety_kl"):
+            out[f"{short}_{key}_difference"] = held[name][key] / whole[key] - 1
+        out[f"{short}_memory_ratio"] = (held[name]["peak_gb"] - held[name]["before_gb"]) / (
+            whole["peak_gb"] - whole["before_gb"]
+        )
+        out[f"{short}_cpu_ratio"] = held[name]["cpu_s"] / whole["cpu_s"]
+    return out
+
+
 def fsdp2() -> Figures:
     """A LoRA assessment in one process and in two that hold half of the weights each: the largest size of a process."""
     folder = str(RIVAL.parent / ".venv-alignment-risk-inputs" / "fsdp2")
@@ -180,6 +199,7 @@ SECTIONS: dict[str, Callable[[], Figures]] = {
     "tracker": lambda: alone("tracker"),
     "guard": lambda: alone("guard"),
     "assess": assess,
+    "dtypes": dtypes,
     "fsdp2": fsdp2,
 }
 
@@ -202,6 +222,11 @@ HEADLINES = {
     "tracker_overhead": ("tracker", "overhead"),
     "guard_step_ratio": ("guard", "step_ratio"),
     "fsdp2_memory_ratio": ("fsdp2", "memory_ratio"),
+    **{
+        f"{short}_{key}": ("dtypes", f"{short}_{key}")
+        for short in ("bf16", "nf4")
+        for key in ("anchor_kl", "margin_change_difference", "safety_kl_difference", "memory_ratio", "cpu_ratio")
+    },
 }
 FISHER = (
     "cpu_ratio",

@@ -78,6 +78,17 @@ ROWS: dict[str, tuple[str, str, str]] = {
         ".2f",
     ),
     "fsdp2_memory_ratio": ("memory per process on 2 processes of FSDP2 over one", "<= 0.65", ".2f"),
+    **{
+        f"{short}_{key}": (what.format(name), "", form)
+        for short, name in (("bf16", "bfloat16"), ("nf4", "four bits"))
+        for key, what, form in (
+            ("anchor_kl", "KL of the aligned model in {} to itself in float32, nats per token", ".1e"),
+            ("margin_change_difference", "foretold change of the margin in {}, over that in float32, less one", "+.2f"),
+            ("safety_kl_difference", "foretold KL in {}, over that in float32, less one", "+.2f"),
+            ("memory_ratio", "memory of a LoRA assessment in {} over that in float32, 135 M", ".2f"),
+            ("cpu_ratio", "its CPU time on a CPU, likewise", ".2f"),
+        )
+    },
 }
 
 SCALING = (

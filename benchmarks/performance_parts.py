@@ -31,12 +31,13 @@ from tiltmeter.jobs.recipe import Lora
 from tiltmeter.jobs.subject import with_lora
 from tiltmeter.jobs.training import arguments_of, build_trainer, train
 from tiltmeter.lm.conversation import Batch, Example, batches, encode
-from tiltmeter.lm.forward import Forward
+from tiltmeter.lm.forward import Forward, divergence
 from tiltmeter.lm.gram import combine
 from tiltmeter.lm.gram import gram as gram_of
 from tiltmeter.lm.model import trainable
 from tiltmeter.lm.objective import likelihood_objective
 from tiltmeter.lm.processes import launched
+from tiltmeter.lm.safety import prepare_safety
 from tiltmeter.lm.scores import score_loss
 
 RANK, EXAMPLES, LENGTH, SUPERVISED = 16, 64, 64, 24
@@ -345,6 +346,64 @@ def guard() -> Figures:
     return {**out, "step_ratio": out["budget_step_cpu_s"] / out["none_step_cpu_s"]}
 
 
+def dtypes_model(folder: str) -> Figures:
+    """Write the aligned model, whole, as a folder that can be read in any type."""
+    opened = open_model(MODEL, device="cpu")
+    opened.loaded.model.save_pretrained(folder)
+    opened.loaded.tokenizer.save_pretrained(folder)
+    return {"refusal_opening": opened.refusal_opening, "compliance_opening": opened.compliance_opening}
+
+
+def dtypes_assess(folder: str, dtype: str) -> Figures:
+    """A LoRA assessment of that model with its weights in one type: what it says, and what it takes."""
+    recipe = replace(RECIPES["lora"], batch_size=4, steps=24, learning_rate=3e-4, max_length=80)
+    options = Options(max_safety=6, max_tuning=12, rank=4, response_tokens=8, max_length=112, grid=2, coupling=False)
+    about = dtypes_openings()
+    told: Figures = {}
+    before = peak_gb()
+
+    def work() -> None:
+        told.update(
+            assess(folder, SAFETY, "demo:general-qa", recipe, options, dtype=dtype, device="cpu", **about).record
+        )
+
+    spent = cpu_seconds(work)
+    forecast = told["forecast"]
+    return {
+        "cpu_s": spent,
+        "before_gb": before,
+        "peak_gb": peak_gb(),
+        "anchor_margin": forecast["margin"]["value"][-1] - forecast["margin_change"]["value"][-1],
+        "margin_change": forecast["margin_change"]["value"][-1],
+        "safety_kl": forecast["safety_kl"]["value"][-1],
+        "e0": told["aic"]["initial_overlap"]["value"],
+        "horizon_steps": forecast["horizon_steps"],
+    }
+
+
+def dtypes_openings() -> dict[str, str]:
+    """How the aligned model would open a refusal and a compliant answer."""
+    info = embedded(MODEL)
+    return {"refusal_opening": info.refusal_opening, "compliance_opening": info.compliance_opening}
+
+
+def dtypes_kl(folder: str, dtype: str) -> Figures:
+    """KL of the model in one type against it in float32, on the answers of the latter, nats per token."""
+    whole = open_model(folder, device="cpu").loaded
+    prepared = prepare_safety(whole, demo.rows(SAFETY), limit=6, max_length=112, response_tokens=8, **dtypes_openings())
+    pad = whole.tokenizer.pad_token_id
+    parts = [batch for _, batch in batches(prepared.responses, pad, 512)]
+    values = []
+    packed = open_model(folder, dtype=dtype, device="cpu").loaded
+    forwards = [Forward(each.model, trainable(each.model)) for each in (whole, packed)]
+    with torch.no_grad():
+        for batch in parts:
+            (wanted, labels), (found, _) = (forward.logits(forward.at(), batch) for forward in forwards)
+            reference = torch.log_softmax(wanted, -1)[labels != -100]
+            values.append(divergence(reference, found, labels))
+    return {"kl": float(torch.cat(values).mean())}
+
+
 def fsdp2_model(folder: str) -> Figures:
     """Write a Llama of 0.6 billion random weights with the tokenizer of demo:tiny."""
     tokenizer = AutoTokenizer.from_pretrained(embedded("demo:tiny").folder)
@@ -381,6 +440,9 @@ if __name__ == "__main__":
         "scaling": scaling,
         "guard": guard,
         "tracker": lambda *folder: tracker(),
+        "dtypes-model": dtypes_model,
+        "dtypes-assess": dtypes_assess,
+        "dtypes-kl": dtypes_kl,
         "fsdp2-model": fsdp2_model,
         "fsdp2-assess": fsdp2_assess,
     }

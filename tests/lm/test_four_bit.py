@@ -90,6 +90,19 @@ def test_every_derivative_is_that_of_the_unpacked_layer(rows, columns, bias, sca
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5 * float(other.abs().max()))
 
 
+@pytest.mark.parametrize("compute", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("given", [torch.float32, torch.bfloat16])
+def test_the_value_is_that_of_bitsandbytes_in_every_type(compute, given):
+    layer = packed_layer(64, 128, bias=True)
+    layer.compute_dtype = compute
+    x = torch.randn(2, 3, 128, generator=torch.Generator().manual_seed(2)).to(given)
+    plain = type(layer).forward
+    found, wanted = layer.train()(x), plain(layer, x)  # in training it does not repack its weights
+    assert found.dtype == wanted.dtype == given
+    rough = torch.bfloat16 in (compute, given)  # eight bits, and the bias may be added before or after rounding
+    torch.testing.assert_close(found, wanted.detach(), rtol=2e-2 if rough else 1e-5, atol=2e-2 if rough else 1e-5)
+
+
 def close(one, other, path=""):
     """Every number to 1e-5 of itself; names and digests apart."""
     if isinstance(one, dict):

@@ -2,9 +2,9 @@
 
 The product of bitsandbytes has a first derivative backwards and none forwards, and on a CPU repacks its weights for
 good when it is first used for inference. `differentiable` puts another product in its place: the weights are unpacked
-when they are needed, in the type of the activations, forwards as backwards. Since the weights stand still, the product
-is linear in what goes in, and every derivative of it is the same product again, or its transpose; nothing unpacked is
-kept. What is trained lies beside it, in LoRA's factors.
+when they are needed, in the type the layer calculates in, forwards as backwards. Since the weights stand still, the
+product is linear in what goes in, and every derivative of it is the same product again, or its transpose; nothing
+unpacked is kept. What is trained lies beside it, in LoRA's factors.
 """
 
 from __future__ import annotations
@@ -102,9 +102,10 @@ def differentiable(model: nn.Module) -> None:
 
 
 def _forward(layer: Any, x: Tensor) -> Tensor:
-    """x W' + b."""
-    out: Tensor = _Product.apply(x, layer.weight, False)  # type: ignore[no-untyped-call]
-    return out if layer.bias is None else out + layer.bias.to(out.dtype)
+    """x W' + b, calculated in the type that bitsandbytes would: the layer's own if it has one, else that of x."""
+    inner = x if layer.compute_dtype is None else x.to(layer.compute_dtype)
+    out: Tensor = _Product.apply(inner, layer.weight, False)  # type: ignore[no-untyped-call]
+    return (out if layer.bias is None else out + layer.bias.to(out.dtype)).to(x.dtype)
 
 
 class _Product(torch.autograd.Function):
