@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
 from collections.abc import Iterator
@@ -45,6 +46,8 @@ def main() -> None:
     # PyTorch reads this once, when it first takes memory: vectors of all parameters then come in large pages, and a
     # tenth of the page faults is left
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    # where it is installed, peft imports it, and it regrets on a CPU the lack of a kernel that is not used here
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     try:
         with open(os.devnull, "w") as nowhere, redirect_stdout(nowhere if RANK else sys.stdout):
             err.quiet = RANK > 0

@@ -9,7 +9,6 @@ unpacked is kept. What is trained lies beside it, in LoRA's factors.
 
 from __future__ import annotations
 
-import logging
 from types import MethodType
 from typing import Any
 
@@ -145,12 +144,7 @@ class _Product(torch.autograd.Function):
 
 
 def _require() -> None:
-    logger = logging.getLogger("bitsandbytes")
-    before = logger.level
-    logger.setLevel(logging.ERROR)  # it regrets the lack of a kernel that is not used here
     try:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise ModelError("weights in four bits need bitsandbytes: pip install 'tiltmeter[four-bit]'") from error
-    finally:
-        logger.setLevel(before)
