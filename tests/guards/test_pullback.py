@@ -111,6 +111,21 @@ class Square:
         return float(self.losses())
 
 
+@pytest.mark.parametrize("shorter", [2.0, 3.0])
+def test_a_step_that_goes_too_far_is_shortened(shorter):
+    """The gradient that is known is of another time, too small: the step it asks for is too long."""
+    x = nn.Parameter(torch.tensor([3.0], dtype=torch.float64))
+    safety = Counted(Square(x, 2.0))
+    model = Trainee({"x": x}, torch.optim.SGD([x], lr=0.1), safety)
+    kl = safety.inner.heldout()
+    wanted = AIM * 0.4 * kl
+    known = safety.inner.gradient() / shorter**0.5  # a step of root `shorter` times the way it should be
+    result = pull_back(model, kl, 0.4 * kl, kl, torch.zeros(1), known)
+    print(f"{kl:.3f} -> {result.kl:.3f}, aimed for {wanted:.3f}, {safety.calls}")
+    assert result.kl == pytest.approx(wanted)
+    assert safety.calls == {"gradient": 0, "losses": 0, "heldout": 2}
+
+
 @pytest.mark.parametrize("a", [1e-4, 1.0, 1e4])
 @pytest.mark.parametrize("optimizer", [torch.optim.SGD, torch.optim.AdamW])
 @pytest.mark.parametrize("known", [True, False])

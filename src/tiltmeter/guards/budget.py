@@ -122,8 +122,8 @@ class CurvatureBudget:
             self._measure(model)
 
     def finish(self, model: Trainee) -> None:
-        """Measure held-out KL a last time, and pull back if need be."""
-        if self.check:
+        """Measure held-out KL a last time, unless it was after the last step, and pull back if need be."""
+        if self.check and self.memory.numbers.get("checked") != model.step:
             self._control(model)
 
     def _basis(self, model: Trainee) -> Basis:

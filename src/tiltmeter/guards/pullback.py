@@ -17,6 +17,9 @@ TRIES = 2
 #: A step aims for this share of the target: one that aims for it exactly comes to rest a little above, again and again.
 AIM = 0.7
 
+#: A step that leaves less than this share of what it aimed for has gone too far.
+FAR = 0.7
+
 
 @dataclass(frozen=True)
 class PulledBack:
@@ -80,7 +83,8 @@ def _correct(model: Trainee, kl: float, target: float, gradient: Tensor, own: fl
     """One step down a gradient [n] of examples with the KL `own`; a quarter of it if that is too long, else none.
 
     The step is that after which their KL has fallen in the proportion that is wanted of the held-out one, if it were a
-    square in that direction: from u to r u takes 2 (1 - sqrt r) u over the slope.
+    square in that direction: from u to r u takes 2 (1 - sqrt r) u over the slope. Where the held-out KL falls much
+    further, which the task would pay for, the step is shortened to where its root, even along the line, meets the aim.
 
     Returns: held-out KL afterwards, nats; as it was if neither step lowers it.
     """
@@ -94,7 +98,13 @@ def _correct(model: Trainee, kl: float, target: float, gradient: Tensor, own: fl
     for part in (1.0, 0.25):  # the two sets may disagree, or curvature be stronger than the line knows
         model.write(held.add(direction.to(held), alpha=-part * scale))
         now = model.safety.heldout()
-        if now < kl:
-            return now
+        if now >= kl:
+            continue
+        aim = AIM * target
+        if now < FAR * aim:
+            part *= (math.sqrt(kl) - math.sqrt(aim)) / (math.sqrt(kl) - math.sqrt(max(0.0, now)))
+            model.write(held.add(direction.to(held), alpha=-part * scale))
+            now = model.safety.heldout()
+        return now
     model.write(held)
     return kl
