@@ -398,7 +398,7 @@ def dtypes_kl(folder: str, dtype: str) -> Figures:
     forwards = [Forward(each.model, trainable(each.model)) for each in (whole, packed)]
     with torch.no_grad():
         for batch in parts:
-            (wanted, labels), (found, _) = (forward.logits(forward.at(), batch) for forward in forwards)
+            (wanted, labels), (found, _) = (forward.logits({}, batch) for forward in forwards)
             reference = torch.log_softmax(wanted, -1)[labels != -100]
             values.append(divergence(reference, found, labels))
     return {"kl": float(torch.cat(values).mean())}

@@ -370,9 +370,7 @@ def audit(
     budget_kl: Annotated[float | None, typer.Option(help="Exit 3 if safety KL exceeds this.")] = None,
     refusal_opening: Annotated[str | None, typer.Option(help="How a refusal of the base begins.")] = None,
     compliance_opening: Annotated[str | None, typer.Option(help="How a compliant answer begins.")] = None,
-    dtype: Annotated[
-        str, typer.Option(help="float32, bfloat16, float16, float64, nf4 (LoRA only) or auto.")
-    ] = "float32",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, float64 or auto.")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record on stdout and nothing else.")] = False,

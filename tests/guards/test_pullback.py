@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from worlds import World
 
 from tiltmeter.geometry.space import ParameterSpace
-from tiltmeter.guards.pullback import AIM, TRIES, pull_back
+from tiltmeter.guards.pullback import AIM, TRIES, _correct, pull_back
 from tiltmeter.guards.trainee import Trainee
 
 
@@ -65,14 +65,27 @@ def test_a_known_gradient_costs_no_backward_pass(optimizer):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_a_known_gradient_that_points_up_is_not_followed(optimizer):
-    world, model, anchor = strayed(optimizer)
+def test_a_gradient_that_points_up_is_not_followed(optimizer):
+    world, model, _ = strayed(optimizer)
     kl, there = model.safety.inner.heldout(), world.flat.clone()
     upward = -model.safety.inner.divergence.gradient()
-    result = pull_back(model, kl, 0.7 * kl, 0.9 * kl, anchor, upward)
-    assert result.kl <= 0.9 * kl
-    assert model.safety.calls["gradient"] >= 1
-    assert not torch.equal(there, world.flat)
+    assert _correct(model, kl, 0.7 * kl, upward, kl) == kl
+    assert torch.equal(there, world.flat)
+    assert model.safety.calls["heldout"] == 2
+
+
+def test_a_shorter_step_that_is_worse_is_not_kept():
+    """Along this line the KL falls at once and lies flat: half of the way there is hardly lower than the start."""
+    x = nn.Parameter(torch.tensor([3.0], dtype=torch.float64))
+
+    class Cliff(Square):
+        def heldout(self):
+            return 9.0 if float(self.x) > 1.0 else 0.1
+
+    model = Trainee({"x": x}, torch.optim.SGD([x], lr=0.1), Cliff(x, 2.0))
+    found = _correct(model, 9.0, 3.6, 2 * x.detach().clone() / 2, 9.0)
+    assert found == 0.1
+    assert float(x) <= 1.0
 
 
 @pytest.mark.parametrize("share", [0.5, 1e-2, 1e-4])

@@ -17,7 +17,7 @@ from transformers import TrainerCallback
 from tiltmeter import store
 from tiltmeter.errors import InputError, ModelError, OutputExists, RecipeError
 from tiltmeter.jobs.assess import assess
-from tiltmeter.jobs.checkpoints import check_checkpoint, last_checkpoint
+from tiltmeter.jobs.checkpoints import check_checkpoint, check_optimizer, last_checkpoint
 from tiltmeter.jobs.finetune import finetune
 from tiltmeter.jobs.inputs import open_model
 from tiltmeter.jobs.recipe import Lora, Recipe, recipe_of
@@ -200,6 +200,13 @@ def test_a_run_is_only_resumed_as_itself(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def lora_model() -> Any:
     return with_lora(open_model("demo:tiny", device="cpu"), LORA.lora, 0).loaded.model
+
+
+def test_a_checkpoint_of_weights_alone_is_not_gone_on_from(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="saved without its optimiser"):
+        check_optimizer(tmp_path)
+    (tmp_path / "optimizer.pt").touch()
+    check_optimizer(tmp_path)
 
 
 def spoil(folder: Path, how: str, model: Any) -> None:

@@ -15,8 +15,9 @@ from torch.func import jvp, vmap
 from tiltmeter import demo
 from tiltmeter.errors import ModelError, UnsupportedModel
 from tiltmeter.jobs.assess import assess
+from tiltmeter.jobs.audit import audit
 from tiltmeter.jobs.finetune import finetune
-from tiltmeter.jobs.guarding import GuardOptions
+from tiltmeter.jobs.guarding import GuardOptions, alignment_of
 from tiltmeter.jobs.inputs import open_model
 from tiltmeter.jobs.recipe import Lora, Recipe
 from tiltmeter.jobs.subject import Options, with_lora
@@ -185,11 +186,45 @@ def test_an_adapter_around_a_packed_layer_keeps_its_own_product():
     assert not torch.allclose(loaded.model(x).logits, before)
 
 
+def test_a_layer_that_was_repacked_for_inference_is_refused():
+    """bitsandbytes does so on some processors, at the first answer; the numbers would be read in the wrong order."""
+    layer = packed_layer(64, 128, bias=False)
+    layer.weight.quant_state.packing_format_for_cpu = True
+    with pytest.raises(UnsupportedModel, match="load the model anew, and measure it before it answers"):
+        differentiable(nn.Sequential(layer))
+
+
+def test_an_embedding_in_four_bits_is_refused():
+    from bitsandbytes.nn import EmbeddingNF4
+
+    with pytest.raises(UnsupportedModel, match="understood are linear layers"):
+        differentiable(nn.Sequential(EmbeddingNF4(64, 64).to("cpu")))
+
+
+@pytest.mark.parametrize("storage", ["uint8", "bfloat16", "float32"])
+def test_packed_bits_are_not_taken_for_numbers_and_scales_are(storage, tmp_path):
+    from bitsandbytes.nn import Linear4bit
+
+    torch.manual_seed(0)
+    kind = getattr(torch, storage)
+    layer = Linear4bit(128, 256, quant_type="nf4", quant_storage=kind, compress_statistics=False)
+    model = nn.Sequential(layer.to("cpu"))
+    assert len(digest_of(model)) == 16
+    model[0].weight.quant_state.absmax[0] = float("nan")
+    with pytest.raises(ModelError, match="not finite"):
+        digest_of(model)
+
+
 def test_what_cannot_be_done_in_four_bits_is_refused(tmp_path, monkeypatch):
     with pytest.raises(UnsupportedModel, match=r"cannot be trained themselves: give a LoRA recipe"):
         assess("demo:tiny", *SETS, replace(RECIPE, lora=None), OPTIONS, dtype="nf4", device="cpu")
     with pytest.raises(UnsupportedModel, match="cannot take in"):
         open_model("demo:aligned", dtype="nf4", device="cpu")
+    with pytest.raises(UnsupportedModel, match="which four bits cannot take in: give another --dtype"):
+        audit("demo:tiny", "demo:tiny", SETS[0], dtype="nf4", device="cpu")
+    packed, whole = (open_model("demo:tiny", dtype=dtype, device="cpu").loaded.model for dtype in ("nf4", "float32"))
+    with pytest.raises(UnsupportedModel, match="a difference of weights, which four bits cannot tell"):
+        alignment_of(packed, whole)
     folder = tmp_path / "gptq"
     open_model("demo:tiny", device="cpu").loaded.model.save_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())

@@ -21,7 +21,9 @@ from tiltmeter.lm.forward import Forward
 from tiltmeter.lm.gram import combine, gram
 from tiltmeter.lm.model import trainable, undisturbed
 from tiltmeter.lm.objective import likelihood_objective
+from tiltmeter.lm.processes import agreed
 from tiltmeter.lm.scores import score_loss
+from tiltmeter.lm.sharding import is_divided
 
 #: Of this many safety examples one is held out.
 HELD_OUT_EVERY = 3
@@ -54,28 +56,32 @@ class Undisturbed:
         """That of the inner one."""
         return self.inner.work
 
+    def _same(self, found: Tensor) -> Tensor:
+        """Where all gather the same layers, they must come to the same numbers, and so to the same next step."""
+        return agreed(found) if is_divided(self.model) else found
+
     def _quietly(self) -> AbstractContextManager[None]:
         return undisturbed(self.model)
 
     def losses(self, displacement: Tensor | None = None) -> Tensor:
         """Losses [m]."""
         with self._quietly():
-            return self.inner.losses(displacement)
+            return self._same(self.inner.losses(displacement))
 
     def directional(self, v: Tensor, displacement: Tensor | None = None) -> Tensor:
         """G v [m]."""
         with self._quietly():
-            return self.inner.directional(v, displacement)
+            return self._same(self.inner.directional(v, displacement))
 
     def gradient(self, weights: Tensor | None = None, displacement: Tensor | None = None) -> Tensor:
         """G' w [n]."""
         with self._quietly(), torch.enable_grad():
-            return self.inner.gradient(weights, displacement)
+            return self._same(self.inner.gradient(weights, displacement))
 
     def hvp(self, v: Tensor, weights: Tensor | None = None, displacement: Tensor | None = None) -> Tensor:
         """H v [n]."""
         with self._quietly(), torch.enable_grad():
-            return self.inner.hvp(v, weights, displacement)
+            return self._same(self.inner.hvp(v, weights, displacement))
 
 
 class LanguageSafety:
@@ -149,7 +155,8 @@ class LanguageSafety:
         score, mix = self._score, self._mix()
         products = gram(self.model, [batch for _, batch in score.chunks], score_loss, score.forward.parameters)
         score.forward.passes.add("gram", score.work, len(score.chunks))
-        found = top_directions(score, rank, mix @ products.total.cpu() @ mix.T)
+        total = agreed(products.total) if is_divided(self.model) else products.total
+        found = top_directions(score, rank, mix @ total.cpu() @ mix.T)
         if not isinstance(found.basis, SampleBasis):
             return found
         basis = SampleBasis(self._scores, found.basis.coefficients)
@@ -161,7 +168,8 @@ class LanguageSafety:
         weights = coefficients.double().cpu().T @ self._mix()
         found = combine(self.model, [batch for _, batch in score.chunks], score_loss, score.forward.parameters, weights)
         score.forward.passes.add("gram", score.work, len(score.chunks))
-        return torch.cat([found[name].flatten(1) for name in self.space.names], 1)
+        columns = torch.cat([found[name].flatten(1) for name in self.space.names], 1)
+        return agreed(columns) if is_divided(self.model) else columns
 
     def _mix(self) -> Tensor:
         """Examples as combinations of the sequences in the order of the micro-batches, [m, s]."""

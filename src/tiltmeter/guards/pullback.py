@@ -50,8 +50,9 @@ def pull_back(
         inside: weights [n] that were within the budget.
         known: a recent gradient of the safety KL [n], if there is one.
 
-    Cost: a forward pass over the held-out examples along the known gradient; for each of at most `TRIES` fresh ones
-        two forward passes and a backward one over the guard's own besides.
+    Cost: at most three forward passes over the held-out examples along the known gradient; for each of at most `TRIES`
+        fresh ones two forward passes and a backward one over the guard's own besides; at most seven more held-out
+        passes on the way back.
     """
     tries = 0
     if known is not None:  # of examples whose KL is not known now: the held-out one stands for it
@@ -102,9 +103,13 @@ def _correct(model: Trainee, kl: float, target: float, gradient: Tensor, own: fl
             continue
         aim = AIM * target
         if now < FAR * aim:
-            part *= (math.sqrt(kl) - math.sqrt(aim)) / (math.sqrt(kl) - math.sqrt(max(0.0, now)))
-            model.write(held.add(direction.to(held), alpha=-part * scale))
-            now = model.safety.heldout()
+            shorter = part * (math.sqrt(kl) - math.sqrt(aim)) / (math.sqrt(kl) - math.sqrt(max(0.0, now)))
+            far = model.vector()
+            model.write(held.add(direction.to(held), alpha=-shorter * scale))
+            near = model.safety.heldout()
+            if near <= target:
+                return near
+            model.write(far)
         return now
     model.write(held)
     return kl

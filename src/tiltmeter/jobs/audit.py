@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from tiltmeter import demo
-from tiltmeter.errors import InputError
+from tiltmeter.errors import InputError, UnsupportedModel
 from tiltmeter.jobs.audit_forward import ForwardFindings, measure_forward
 from tiltmeter.jobs.audit_record import arrays_of, record_of
 from tiltmeter.jobs.audit_weights import TensorChange, measure_weights
@@ -18,6 +18,7 @@ from tiltmeter.jobs.inputs import Opened, open_model, open_rows
 from tiltmeter.jobs.probe import Prompts, read_prompts
 from tiltmeter.jobs.subject import Report, silent
 from tiltmeter.lm.adapter import adapter_folder
+from tiltmeter.lm.four_bit import NF4
 from tiltmeter.lm.judging import Judge, RuleJudge
 from tiltmeter.lm.model import undisturbed
 from tiltmeter.lm.weights import Checkpoint, Pair, open_checkpoint, pair_of
@@ -115,12 +116,19 @@ def audit(
 
     Returns: the audit; nothing is written, and no prompt or answer is in it.
 
-    Raises: InputError: a checkpoint is damaged or of another architecture, or data cannot be used.
+    Raises:
+        InputError: a checkpoint is damaged or of another architecture, or data cannot be used.
+        UnsupportedModel: the weights would be packed into four bits.
 
     Cost: see `measure_weights` and `measure_forward`. Memory: the weight part that of a few copies of one tensor, the
     forward part one model, and one gradient for the overlap.
     """
     options, judge = options or AuditOptions(), judge or RuleJudge()
+    if dtype == NF4:
+        raise UnsupportedModel(
+            "audit puts tuned weights in the base's place, layer by layer, which four bits cannot take in: give "
+            "another --dtype"
+        )
     begin = time.perf_counter()
     rows = open_rows(safety)
     harmless_rows = None if harmless is None else open_rows(harmless)

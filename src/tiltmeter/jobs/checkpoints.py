@@ -11,6 +11,9 @@ from safetensors import SafetensorError, safe_open
 
 from tiltmeter.errors import ModelError
 
+#: Where the trainer keeps the optimiser's state.
+OPTIMIZER = "optimizer.pt"
+
 _PICKLES = ("pytorch_model.bin", "adapter_model.bin", "pytorch_model.bin.index.json")
 
 
@@ -28,6 +31,19 @@ def last_checkpoint(folder: Path) -> Path | None:
         if isinstance(state, dict) and state.get("global_step") == step:
             return path
     return None
+
+
+def check_optimizer(folder: Path) -> None:
+    """Refuse a checkpoint of weights alone, from which the trainer would go on with a fresh optimiser, silently.
+
+    Raises:
+        ModelError: the optimiser's state is not there.
+    """
+    if not (folder / OPTIMIZER).exists():
+        raise ModelError(
+            f"{folder} was saved without its optimiser (save_only_model, or a run under FSDP2), so the run cannot go "
+            "on as it was: begin anew in another folder"
+        )
 
 
 def check_checkpoint(folder: Path, model: Any) -> None:

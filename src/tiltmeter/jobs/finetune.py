@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from tiltmeter import store
 from tiltmeter.errors import InputError, OutputExists, UnsupportedModel
 from tiltmeter.guards.callback import GuardCallback
-from tiltmeter.jobs.checkpoints import check_checkpoint, last_checkpoint
+from tiltmeter.jobs.checkpoints import check_checkpoint, check_optimizer, last_checkpoint
 from tiltmeter.jobs.guarding import GuardOptions, attach_guard, prompts_for_guard
 from tiltmeter.jobs.inputs import Opened, open_model, open_rows
 from tiltmeter.jobs.provenance import provenance
@@ -32,7 +32,7 @@ from tiltmeter.jobs.track import (
     path_of,
     read_assessment,
 )
-from tiltmeter.jobs.training import TrainerName, arguments_of, build_trainer, check_precision, train
+from tiltmeter.jobs.training import StopTogether, TrainerName, arguments_of, build_trainer, check_precision, train
 from tiltmeter.lm.conversation import Encoded, encode
 from tiltmeter.lm.four_bit import count, dtype_name
 from tiltmeter.lm.model import trainable
@@ -180,6 +180,7 @@ def finetune(
     checkpoint = last_checkpoint(out) if resume else None
     if checkpoint is not None:
         check_checkpoint(checkpoint, loaded.model)
+        check_optimizer(checkpoint)
     report("measuring the aligned model")
     trackers: list[Tracker] = []
 
@@ -205,7 +206,9 @@ def finetune(
     report("training")
     watchers: list[Listener] = [TrackerCallback(tracker, started.log, stop=stop_on_budget) for tracker in trackers]
     watchers = watchers or [Listener()]
-    train(started, [*callbacks, *([] if guarding is None else [guarding[0]]), *watchers], checkpoint)
+    # where all measure, they must know before they do whether one of them wants to stop or to save
+    agreed = [StopTogether()] if everywhere else []
+    train(started, [*callbacks, *agreed, *([] if guarding is None else [guarding[0]]), *watchers], checkpoint)
     report("writing the result")
     started.save_model(str(out / MODEL))
     if not is_main():

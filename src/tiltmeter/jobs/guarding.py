@@ -21,8 +21,10 @@ from tiltmeter.guards.safe_lora import SafeLora
 from tiltmeter.guards.token_loss import ConstrainedTokens, token_references
 from tiltmeter.jobs.inputs import Opened, open_model
 from tiltmeter.lm.conversation import Example
+from tiltmeter.lm.four_bit import holds_four_bits
 from tiltmeter.lm.model import trainable
 from tiltmeter.lm.safety import prepare_safety, spread
+from tiltmeter.lm.sharding import whole
 
 #: Safety prompts of its own that a guard should have at least.
 FEWEST = 12
@@ -77,8 +79,13 @@ def alignment_of(aligned: Any, base: Any, wanted: set[str] | None = None) -> Map
     """V = W_aligned - W_base of the two-dimensional weights, by plain name.
 
     Raises:
-        UnsupportedModel: the two have no weight in common, or of different shape.
+        UnsupportedModel: the two have no weight in common, or of different shape, or one is packed into four bits.
     """
+    if holds_four_bits(aligned) or holds_four_bits(base):
+        raise UnsupportedModel(
+            "what alignment changed is a difference of weights, which four bits cannot tell: load both whole, or "
+            "choose another guard"
+        )
     theirs = {plain_name(name): p.detach() for name, p in base.named_parameters()}
     out = {}
     for name, p in aligned.named_parameters():
@@ -89,7 +96,7 @@ def alignment_of(aligned: Any, base: Any, wanted: set[str] | None = None) -> Map
             raise UnsupportedModel(
                 f"{key} has shape {tuple(p.shape)} in the aligned model and {tuple(theirs[key].shape)} in its base"
             )
-        out[key] = p.detach().float() - theirs[key].to(p.device).float()
+        out[key] = whole(p.detach()).float() - whole(theirs[key]).to(p.device).float()
     if not any(bool(v.any()) for v in out.values()):
         raise UnsupportedModel(
             "the base does not differ from the aligned model in any weight that is trained: give the model from before "

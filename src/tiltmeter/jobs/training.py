@@ -173,7 +173,7 @@ def _sft_trainer(given: Mapping[str, Any], arguments: Mapping[str, Any]) -> Any:
 
 
 class StopTogether(TrainerCallback):  # type: ignore[misc]  # transformers has no types
-    """Ends the run in all processes where one of them wants it ended: only one of them measures.
+    """Ends the run in all processes where one of them wants it ended, and saves where one wants that.
 
     Put it last. Without it the others would wait for ever for the gradients of the one that stopped.
     """
@@ -181,6 +181,7 @@ class StopTogether(TrainerCallback):  # type: ignore[misc]  # transformers has n
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Ask the others."""
         control.should_training_stop = bool(largest_of_all(int(control.should_training_stop)))
+        control.should_save = bool(largest_of_all(int(control.should_save)))
 
 
 def train(trainer: Any, callbacks: Sequence[TrainerCallback], checkpoint: Path | None) -> None:

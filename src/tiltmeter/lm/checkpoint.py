@@ -64,10 +64,15 @@ def read_model(
     if (packed or four_bits) and shares is not None:
         raise UnsupportedModel(f"{name} in four bits cannot be divided among processes; launch without --use_fsdp")
     needed = _weight_bytes(config, dtype, trust_remote_code, packed or four_bits)
-    check_memory(name, needed if shares is None else needed // launched(), psutil.virtual_memory().available, "main")
-    place = {} if shares is None else {"distributed_config": shares, "device_map": device}
-    if packed or four_bits:
+    place: dict[str, Any] = {}
+    free, kind = psutil.virtual_memory().available, "main"
+    if shares is not None:  # each process has its own device of that type
+        needed, place = needed // launched(), {"distributed_config": shares, "device_map": torch.device(device).type}
+    if packed or four_bits:  # read where they stay
         place = {"device_map": {"": device}, **({} if packed else {"quantization_config": four_bit_config()})}
+        if torch.device(device).type == "cuda":
+            free, kind = torch.cuda.mem_get_info(torch.device(device))[0], "CUDA"
+    check_memory(name, needed, free, kind)
     try:
         # Missing and misshapen tensors are let through here and reported below, all by name: transformers would only
         # warn of the missing ones, and fill them with random numbers.

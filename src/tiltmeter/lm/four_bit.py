@@ -93,14 +93,31 @@ def dense(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def differentiable(model: nn.Module) -> None:
-    """Give every four-bit layer of a model a product that can be differentiated twice, backwards and forwards."""
-    for module in model.modules():
+    """Give every four-bit layer of a model a product that can be differentiated twice, backwards and forwards.
+
+    Raises:
+        UnsupportedModel: a weight was repacked for inference on a CPU, or is not of a linear layer.
+    """
+    found = []
+    for name, module in model.named_modules():
         weight = module._parameters.get("weight")  # its own: an adapter passes off the weight inside as one of its own
-        if weight is not None and is_four_bit(weight):
-            module.forward = MethodType(_forward, module)
+        if weight is None or not is_four_bit(weight):
+            continue
+        if not hasattr(module, "compute_dtype"):
+            raise UnsupportedModel(
+                f"{name} ({type(module).__name__}) holds its weight in four bits; understood are linear layers"
+            )
+        if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            raise UnsupportedModel(
+                f"{name} has been used for inference on a CPU already, for which bitsandbytes repacks its weights: "
+                "load the model anew, and measure it before it answers anything"
+            )
+        found.append(module)
+    for module in found:
+        module.forward = MethodType(forward, module)
 
 
-def _forward(layer: Any, x: Tensor) -> Tensor:
+def forward(layer: Any, x: Tensor) -> Tensor:
     """x W' + b, calculated in the type that bitsandbytes would: the layer's own if it has one, else that of x."""
     inner = x if layer.compute_dtype is None else x.to(layer.compute_dtype)
     out: Tensor = _Product.apply(inner, layer.weight, False)  # type: ignore[no-untyped-call]

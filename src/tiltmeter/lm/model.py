@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from tiltmeter.errors import ModelError, OutOfMemory, UnsupportedModel
 from tiltmeter.lm.adapter import adapter_folder, base_of, has_tokenizer, merge, quiet
 from tiltmeter.lm.checkpoint import cannot, check_memory, read_gguf, read_model, read_tokenizer
-from tiltmeter.lm.four_bit import NF4, differentiable, holds_four_bits, scales
+from tiltmeter.lm.four_bit import NF4, differentiable, holds_four_bits, is_four_bit, scales
 from tiltmeter.lm.frozen import frozen_weights
 from tiltmeter.lm.sharding import divided, is_divided, whole
 
@@ -87,7 +87,7 @@ def load(
     if dtype == NF4:
         model, tokenizer = _read_four_bits(str(name), given, trust_remote_code, str(place))
     else:
-        model, tokenizer = _read(str(name), given, DTYPES[dtype], trust_remote_code, place.type)
+        model, tokenizer = _read(str(name), given, DTYPES[dtype], trust_remote_code, str(place))
     if not is_divided(model) and not holds_four_bits(model):
         model = _move(model, place, str(name))
     _ensure_padding(tokenizer, model)
@@ -223,11 +223,14 @@ def digest_of(model: nn.Module) -> str:
     digest = hashlib.sha256()
     for name, p in model.named_parameters():
         value = whole(p.detach())
-        if not torch.isfinite(value).all():
+        factors = scales(p)
+        # what is packed may be kept in a floating type, in which it means nothing
+        checked = [each for each in factors if each.is_floating_point()] if is_four_bit(p) else [value]
+        if not all(torch.isfinite(each).all() for each in checked):
             raise ModelError(f"parameter {name} holds values that are not finite; the checkpoint is damaged")
         digest.update(f"{name} {tuple(p.shape)} {p.dtype}".encode())
         # Bytes, because numpy has no bfloat16.
-        for held in (value, *scales(p)):
+        for held in (value, *factors):
             digest.update(held.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 

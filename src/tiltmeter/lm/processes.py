@@ -71,6 +71,15 @@ def summed(product: Callable[[], Tensor], shape: tuple[int, ...]) -> Tensor:
     return there.to(value.device)
 
 
+def agreed(value: Tensor) -> Tensor:
+    """The main process's tensor, in all of them: what a next step is chosen by must not differ in a last digit."""
+    if processes() == 1:
+        return value
+    there = value.to(_device(value)).contiguous()
+    dist.broadcast(there, 0)
+    return there.to(value.device)
+
+
 def least_of_all(number: int) -> int:
     """The smallest of the processes' numbers."""
     return -largest_of_all(-number)
