@@ -57,9 +57,9 @@ def test_a_known_gradient_costs_no_backward_pass(optimizer):
     _, model, anchor = strayed(optimizer)
     kl = model.safety.inner.heldout()
     known = model.safety.inner.divergence.gradient()
-    result = pull_back(model, kl, 0.7 * kl, 0.9 * kl, anchor, known)
+    result = pull_back(model, kl, 0.8 * kl, 0.9 * kl, anchor, known)
     print(f"{optimizer}: {kl:.4f} -> {result.kl:.4f}, {result.how}, {model.safety.calls}")
-    assert result.kl <= 0.7 * kl
+    assert result.kl <= 0.8 * kl
     assert model.safety.calls == {"gradient": 0, "losses": 0, "heldout": 1}
     assert result.kl == pytest.approx(model.safety.inner.heldout())
 
@@ -98,8 +98,9 @@ def test_the_cost_is_bounded_and_the_budget_kept(share):
     assert result.kl <= share * kl
     assert model.safety.calls["gradient"] <= TRIES
     assert model.safety.calls["heldout"] <= 2 * TRIES + 8
+    assert result.retreated == ("of the way since" in result.how)
     if share == 1e-4:
-        assert "of the way since" in result.how
+        assert result.retreated
 
 
 @dataclass

@@ -3,11 +3,16 @@
 Ours, from the second-order law of safety KL (Springer et al. 2026, arXiv:2602.15799, with the constants of
 docs/theory.md): with F = V Lambda V' the sensitive directions and z = V'(theta - anchor), KL is 1/2 z' Lambda z. As
 long as that stays below the budget nothing is touched; an update that would leave the ellipsoid is moved back onto it
-by the smallest change in the optimiser's metric, D V (V'DV)^-1 (z' - z). Projecting the gradient instead does nothing
-under Adam. The directions turn as the model moves, so they are measured again at intervals that follow how much they
-turned; z is then read off the log-likelihoods, which need no expansion. What the directions miss is seen in the KL on
-held-out prompts: when that nears the budget, replay begins, and when it is about to exceed it, the model is pulled back
-(`pullback`). Every such act is in the log.
+by the smallest change in the optimiser's metric, D V (V'DV)^-1 (z' - z). The directions turn as the model moves, so
+they are measured again at intervals that follow how much they turned; z is then read off the log-likelihoods, which
+need no expansion.
+
+What the directions miss is seen in the KL on held-out prompts, and answered by degrees. As soon as there is any, what
+the task's gradient would do against safety is taken out of it before the optimiser sees it (`surgery`): that keeps the
+optimiser's memory clean and costs the task next to nothing, but promises nothing under Adam. Where the budget is nearly
+used up the same is done in the optimiser's metric, to the gradient and to the update. When KL is about to exceed the
+budget the model is pulled back (`pullback`), and where even that finds no way down, safety is trained (replay). Every
+such act is in the log.
 """
 
 from __future__ import annotations
@@ -19,30 +24,27 @@ import torch
 from torch import Tensor
 
 from tiltmeter.errors import InputError
+from tiltmeter.geometry.motion import narrow
 from tiltmeter.geometry.sensitivity import Basis, DenseBasis, SampleBasis
 from tiltmeter.geometry.space import dot, norm, products
 from tiltmeter.guards.contract import Memory, require_strength
 from tiltmeter.guards.hold import hold
 from tiltmeter.guards.pullback import pull_back
 from tiltmeter.guards.safety import draw
+from tiltmeter.guards.surgery import remove_conflict
 from tiltmeter.guards.trainee import Trainee, require_examples
 
 #: Numbers that the directions may take before they are kept as combinations of examples: 256 MB in float32.
 DENSE = 2**26
 
-#: Shares of the budget at which replay begins, a pull-back begins, and a pull-back ends.
-REPLAY, CEILING, RESERVE = 0.3, 0.9, 0.6
+#: Shares of the budget: below which directions are not measured again, above which KL is near the budget, at which a
+#: pull-back begins, and where it ends.
+FELT, NEAR, CEILING, RESERVE = 0.1, 0.6, 0.9, 0.85
 
-#: Safety examples in a step of replay: one, since every step has another and Adam's moments are means over many.
-REPLAYED = 1
+#: Weight of the past in the mean of safety gradients, where they are of other examples every step.
+REMEMBERED = 0.5
 
-#: Weight of the past in the mean of replayed gradients, the slope of the safety KL that is known without a pass.
-REMEMBERED = 0.75
-
-#: Share of the budget below which directions are not measured again.
-FELT = 0.1
-
-#: Largest share of replay, as a multiple of `replay_share`; every pull-back doubles it.
+#: Largest share of replay, as a multiple of `replay_share`; every retreat doubles it.
 MOST_REPLAY = 8
 
 #: Rotation (one minus mean squared cosine) above which directions are measured twice, below which half as often.
@@ -63,8 +65,10 @@ class CurvatureBudget:
         carry: read the way that was spent off the log-likelihoods at a refresh; False begins each basis at zero, which
             is projection as it is usually meant.
         steer: adapt `refresh` to the rotation.
-        replay_share: length of the replayed gradient, as a share of the task's, at first: every pull-back doubles it,
-            every end of replay halves it.
+        examples: safety examples a step, of which the gradient of the KL is taken; others every step, and a mean over
+            the last few steps is what counts.
+        replay_share: length of the replayed gradient, as a share of the task's, at first: every retreat doubles it,
+            every end of replay halves it; 0 for no replay.
     """
 
     strength: float = 1.0
@@ -75,6 +79,7 @@ class CurvatureBudget:
     check: int = 8
     carry: bool = True
     steer: bool = True
+    examples: int = 4
     replay_share: float = 0.3
     memory: Memory = field(default_factory=Memory, repr=False, compare=False)
 
@@ -87,7 +92,7 @@ class CurvatureBudget:
         require_strength("budget", self.strength)
         if not (self.budget_kl >= 0 and math.isfinite(self.budget_kl)):
             raise InputError(f"budget_kl must be a number of nats, at least 0, got {self.budget_kl}")
-        for name, least in (("rank", 1), ("every", 1), ("refresh", 1), ("check", 0)):
+        for name, least in (("rank", 1), ("every", 1), ("refresh", 1), ("check", 0), ("examples", 1)):
             if getattr(self, name) < least:
                 raise InputError(f"guard budget: {name} must be at least {least}, got {getattr(self, name)}")
         require_examples(model.safety, 2, "the curvature budget")
@@ -98,33 +103,54 @@ class CurvatureBudget:
         self._measure(model)
 
     def shape_gradient(self, model: Trainee) -> None:
-        """Add the gradient of the safety KL while replay is called for. Cost: then a backward pass over an example."""
-        if not self.memory.numbers["replaying"]:
+        """Keep the task's gradient from raising KL; replay where it is called for.
+
+        Cost: a backward pass over `examples` examples. None before the first check: at the anchor KL has no gradient.
+        """
+        if self._used() <= 0:
             return
-        divergence = model.safety.divergence
-        safety = divergence.gradient(draw(divergence.m, REPLAYED, model.seed + model.step))
-        task, length = model.gradient(), norm(safety)
-        if length > 0:
-            share = self.strength * self.memory.numbers["share"] * norm(task) / length
-            model.write_gradient(task.add_(safety.to(task), alpha=share))
-            past = self.memory.tensors.get("slope")
-            self.memory.tensors["slope"] = safety if past is None else safety.lerp_(past, REMEMBERED)
+        numbers, divergence = self.memory.numbers, model.safety.divergence
+        safety = divergence.gradient(draw(divergence.m, self.examples, model.seed + model.step))
+        past = self.memory.tensors.get("slope")
+        fresh = past is None or self.examples >= divergence.m
+        slope = safety if past is None or fresh else safety.lerp(past.to(safety), REMEMBERED)
+        task = model.gradient()
+        share = self.strength * numbers["share"] * norm(task) if numbers["replaying"] else 0.0
+        metric = model.preconditioner() if self._used() > NEAR else None
+        changed = remove_conflict(task, slope, self.strength, metric)
+        numbers["shaped"] = numbers.get("shaped", 0) + 1
+        numbers["conflicts"] = numbers.get("conflicts", 0) + changed
+        if share and (length := norm(safety)) > 0:
+            task.add_(safety.to(task), alpha=share / length)
+            changed = True
+        if changed:
+            model.write_gradient(task)
+        self.memory.tensors["slope"] = narrow(slope)
+
+    def _used(self) -> float:
+        """Share of the budget that the held-out KL has used up, when it was last measured; 0 without a budget."""
+        kl: float = self.memory.numbers.get("kl", 0.0)
+        return kl / self.budget_kl if self.budget_kl > 0 else 0.0
 
     def shape_update(self, model: Trainee, before: Tensor) -> None:
         """Hold the update to the ellipsoid; measure directions and held-out KL when due."""
         numbers = self.memory.numbers
         self._project(model, before)
         self._level(model, before)
-        if self.check and model.step >= numbers["next_check"]:
-            self._control(model)
-        felt = not self.check or numbers.get("kl", 0.0) >= FELT * self.budget_kl
-        if felt and model.step >= numbers["next_refresh"]:
+        last = model.step == model.steps  # a checkpoint may be saved before `finish`
+        if self.check and (last or model.step >= numbers["next_check"]):
+            self._control(model, 1.0 if last else CEILING)
+        if (not self.check or self._used() >= FELT) and model.step >= numbers["next_refresh"]:
             self._measure(model)
 
     def finish(self, model: Trainee) -> None:
-        """Measure held-out KL a last time, unless it was after the last step, and pull back if need be."""
-        if self.check and self.memory.numbers.get("checked") != model.step:
-            self._control(model)
+        """Measure held-out KL a last time, unless it was after the last step; pull back if it exceeds the budget."""
+        numbers = self.memory.numbers
+        if self.check and numbers.get("checked") != model.step:
+            self._control(model, 1.0)
+        if shaped := numbers.get("shaped"):
+            why = f"task and safety conflicted in {numbers['conflicts']:g} of {shaped:g} steps"
+            self.memory.note(model.step, "finished", why)
 
     def _basis(self, model: Trainee) -> Basis:
         tensors = self.memory.tensors
@@ -190,9 +216,13 @@ class CurvatureBudget:
         tensors["z"] = z
 
     def _level(self, model: Trainee, before: Tensor) -> None:
-        """While KL is felt, take out of the update what raises it to first order; the slope is known from replay."""
+        """Near the budget, take out of the update what raises KL to first order, as the last gradients tell."""
         slope = self.memory.tensors.get("slope")
-        if slope is None or (rise := dot(slope, model.moved(before).to(slope))) <= 0:
+        if slope is None or self._used() <= NEAR:
+            return
+        moved = model.moved(before)
+        slope = slope.to(moved)
+        if (rise := dot(slope, moved)) <= 0:
             return
         d = model.preconditioner()
         direction = slope if d is None else slope * d
@@ -200,33 +230,38 @@ class CurvatureBudget:
         model.write(model.vector().add_(move))
         self.memory.tensors["z"] += self._basis(model).coordinates(move).double().cpu()
 
-    def _control(self, model: Trainee) -> None:
-        """Measure held-out KL; begin or end replay, pull back, and say when to look again."""
+    def _control(self, model: Trainee, ceiling: float) -> None:
+        """Measure held-out KL, pull back above a share of the budget, begin or end replay, say when to look again."""
         numbers, tensors, budget = self.memory.numbers, self.memory.tensors, self.budget_kl
         kl, last = model.safety.heldout(), numbers.get("kl", 0.0)
         rate = max(0.0, math.sqrt(max(0.0, kl)) - math.sqrt(max(0.0, last))) / max(
             1, model.step - numbers.get("checked", 0)
         )
-        replaying = kl > REPLAY * budget and self.replay_share > 0 and budget > 0
-        if replaying != bool(numbers["replaying"]):
-            what = "replay begins" if replaying else "replay ends"
-            self.memory.note(model.step, what, f"held-out KL {kl:.2e} of {budget:g} nats")
-            numbers["replaying"] = int(replaying)
-            if not replaying:
-                numbers["share"] = max(self.replay_share, numbers["share"] / 2)
-                tensors.pop("slope", None)
-        if kl > CEILING * budget and budget > 0:
+        if kl > ceiling * budget and budget > 0:
             result = pull_back(model, kl, RESERVE * budget, budget, tensors["inside"], tensors.get("slope"))
             self.memory.note(model.step, f"pulled back {result.how}", f"held-out KL {kl:.2e} -> {result.kl:.2e} nats")
             kl = result.kl
-            numbers["share"] = min(MOST_REPLAY * self.replay_share, 2 * numbers["share"])
             self._recount(model)
+            if result.retreated and self.replay_share > 0:
+                self._replay(model.step, kl)
+        elif numbers["replaying"] and kl <= NEAR * budget:
+            numbers.update(replaying=0, share=max(self.replay_share, numbers["share"] / 2))
+            self.memory.note(model.step, "replay ends", f"held-out KL {kl:.2e} of {budget:g} nats")
         if kl <= budget:
             tensors["inside"] = model.vector()
         # KL is a square of the way, so its root grows evenly: the steps that are left, at most twice those of last time
         left = (math.sqrt(CEILING * budget) - math.sqrt(max(0.0, kl))) / rate if rate > 0 else math.inf
         wait = max(1, math.floor(min(self.check, 2 * numbers["wait"], left)))
         numbers.update(kl=kl, checked=model.step, wait=wait, next_check=model.step + wait)
+
+    def _replay(self, step: int, kl: float) -> None:
+        """Begin replay, or make it stronger."""
+        numbers = self.memory.numbers
+        if numbers["replaying"]:
+            numbers["share"] = min(MOST_REPLAY * self.replay_share, 2 * numbers["share"])
+        else:
+            numbers["replaying"] = 1
+            self.memory.note(step, "replay begins", f"held-out KL {kl:.2e} of {self.budget_kl:g} nats after a retreat")
 
     def _recount(self, model: Trainee) -> None:
         """After a pull-back the coordinates are read off the log-likelihoods, in the basis as it is."""

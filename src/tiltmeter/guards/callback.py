@@ -65,7 +65,8 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
                     "GuardCallback a safety source that was built from the aligned model, not a function"
                 )
             self.source = self.source(model)
-        trainee = Trainee(trainable(model), given["optimizer"], self.source, state.global_step, self.seed)
+        steps = state.max_steps if state.max_steps > 0 else None
+        trainee = Trainee(trainable(model), given["optimizer"], self.source, state.global_step, self.seed, steps)
         self.session = Session(self.guard, trainee)
         self.session.begin(resumed)
 

@@ -15,10 +15,10 @@ from tiltmeter.guards.trainee import Trainee
 TRIES = 2
 
 #: A step aims for this share of the target: one that aims for it exactly comes to rest a little above, again and again.
-AIM = 0.7
+AIM = 0.85
 
 #: A step that leaves less than this share of what it aimed for has gone too far.
-FAR = 0.7
+FAR = 0.8
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,12 @@ class PulledBack:
     Attributes:
         kl: held-out KL afterwards, nats.
         how: in words.
+        retreated: the safety gradient did not suffice, and the model went back along its way.
     """
 
     kl: float
     how: str
+    retreated: bool = False
 
 
 def pull_back(
@@ -56,7 +58,7 @@ def pull_back(
     """
     tries = 0
     if known is not None:  # of examples whose KL is not known now: the held-out one stands for it
-        kl, tries = _correct(model, kl, target, known, kl), 1
+        kl, tries = _correct(model, kl, target, known.to(inside), kl), 1
     for _ in range(TRIES):
         if kl <= target:
             break
@@ -77,7 +79,7 @@ def pull_back(
     if kl > budget:
         model.write(inside)
         kl, share = model.safety.heldout(), 0.0
-    return PulledBack(kl, f"{how}, then to {share:g} of the way since the last weights inside")
+    return PulledBack(kl, f"{how}, then to {share:g} of the way since the last weights inside", True)
 
 
 def _correct(model: Trainee, kl: float, target: float, gradient: Tensor, own: float) -> float:

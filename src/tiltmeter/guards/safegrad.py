@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from tiltmeter.errors import InputError
-from tiltmeter.geometry.space import dot
 from tiltmeter.guards.contract import Memory, require_strength
 from tiltmeter.guards.safety import draw
+from tiltmeter.guards.surgery import remove_conflict
 from tiltmeter.guards.trainee import Trainee, require_examples
 
 
@@ -41,9 +41,8 @@ class SafeGrad:
         """Project where the two conflict. Cost: one backward pass over the examples."""
         divergence = model.safety.divergence
         safety = divergence.gradient(draw(divergence.m, self.examples, model.seed + model.step))
-        gradient, square = model.gradient(), dot(safety, safety)
-        if square > 0 and (conflict := dot(gradient, safety)) < 0:
-            gradient.add_(safety.to(gradient), alpha=-self.strength * conflict / square)
+        gradient = model.gradient()
+        if remove_conflict(gradient, safety, self.strength):
             model.write_gradient(gradient)
             self.memory.numbers["conflicts"] = self.memory.numbers.get("conflicts", 0) + 1
 

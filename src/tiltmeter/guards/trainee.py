@@ -28,6 +28,7 @@ class Trainee:
         safety: where guards learn what safety is.
         step: optimiser steps finished.
         seed: for guards that draw examples.
+        steps: that the run has in all, if that is known.
     """
 
     parameters: Mapping[str, nn.Parameter]
@@ -35,6 +36,7 @@ class Trainee:
     safety: SafetySource
     step: int = 0
     seed: int = 0
+    steps: int | None = None
 
     def __post_init__(self) -> None:
         if not self.parameters:

@@ -1,0 +1,160 @@
+"""What the budget does by degrees: surgery, in the optimiser's metric near the budget, replay last."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from worlds import World
+
+from tiltmeter.geometry.systems import DOUBLE
+from tiltmeter.guards import budget
+from tiltmeter.guards.budget import CurvatureBudget
+from tiltmeter.guards.pullback import PulledBack
+from tiltmeter.guards.session import Session
+from tiltmeter.guards.surgery import remove_conflict
+
+#: More examples than there are: the gradient of all of them, every step.
+ALL = 99
+
+
+def random(n, seed):
+    return torch.randn(n, dtype=DOUBLE, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("metric", [False, True], ids=["plain", "metric"])
+@pytest.mark.parametrize("strength", [1.0, 0.25])
+def test_surgery_takes_out_what_raises_the_loss(scale, metric, strength):
+    task, safety = random(9, 1), scale * random(9, 2)
+    d = random(9, 3).exp() if metric else torch.ones(9, dtype=DOUBLE)
+    task -= safety * (1.0 + task @ (d * safety)) / (safety @ (d * safety))  # -1 in the metric
+    conflict = task @ (d * safety)
+    assert conflict == pytest.approx(-1.0)
+    kept = task.clone()
+    assert remove_conflict(task, safety, strength, d if metric else None)
+    assert float(task @ (d * safety)) == pytest.approx(-(1 - strength), abs=1e-9)
+    # and only along the safety gradient: the least change in the dual metric
+    moved = task - kept
+    torch.testing.assert_close(moved, safety * (moved @ safety) / (safety @ safety))
+
+
+def test_without_conflict_nothing_is_touched():
+    safety = random(9, 2)
+    for task in (safety.clone(), torch.zeros(9, dtype=DOUBLE)):
+        kept = task.clone()
+        assert not remove_conflict(task, safety)
+        assert torch.equal(task, kept)
+    assert not remove_conflict(-safety, torch.zeros(9, dtype=DOUBLE))
+
+
+def begun(guard, used, optimizer="adamw"):
+    """A world three steps on without the guard's help, a task gradient, and a held-out KL as a share of the budget."""
+    world = World(optimizer)
+    model = world.trainee()
+    Session(guard, model).begin()
+    for _ in range(3):
+        model.plain_optimizer.zero_grad()
+        world.loss().backward()
+        model.plain_optimizer.step()
+        model.step += 1
+    model.plain_optimizer.zero_grad()
+    world.loss().backward()
+    guard.memory.numbers["kl"] = used * guard.budget_kl
+    return world, model
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+@pytest.mark.parametrize("used", [0.0, 0.05, 0.3, 0.8])
+def test_the_gradient_is_left_alone_at_the_anchor_and_shaped_in_the_metric_near_the_budget(used, optimizer):
+    guard = CurvatureBudget(budget_kl=1e-2, examples=ALL)
+    _, model = begun(guard, used, optimizer)
+    task, safety = model.gradient(), model.safety.divergence.gradient()
+    d = model.preconditioner()
+    d = torch.ones_like(task) if d is None or used < budget.NEAR else d
+    assert task @ (d * safety) < 0
+    guard.shape_gradient(model)
+    found = model.gradient()
+    if used == 0:
+        assert torch.equal(found, task)
+        assert "slope" not in guard.memory.tensors
+        return
+    torch.testing.assert_close(found, task - safety * (task @ (d * safety)) / (safety @ (d * safety)))
+    torch.testing.assert_close(guard.memory.tensors["slope"], safety)
+
+
+def test_few_examples_a_step_are_averaged_over_the_last_steps():
+    guard = CurvatureBudget(budget_kl=1e-2, examples=2)
+    _, model = begun(guard, 0.3)
+    means = []
+    for _ in range(200):
+        guard.shape_gradient(model)
+        model.step += 1
+        means.append(guard.memory.tensors["slope"].clone())
+    whole = model.safety.divergence.gradient()
+    torch.testing.assert_close(torch.stack(means).mean(0), whole, rtol=0.1, atol=0.1 * float(whole.abs().max()))
+    assert guard.memory.numbers["shaped"] == 200
+
+
+@pytest.mark.parametrize("used", [0.3, 0.8])
+def test_near_the_budget_the_update_does_not_raise_kl_either(used):
+    guard = CurvatureBudget(budget_kl=1e-2, examples=ALL, check=1000)
+    _, model = begun(guard, used)
+    guard.memory.numbers["next_check"] = guard.memory.numbers["next_refresh"] = 1000
+    guard.shape_gradient(model)
+    slope, before, d = guard.memory.tensors["slope"], model.vector(), model.preconditioner()
+    model.plain_optimizer.step()  # momentum remembers what was not shaped
+    moved = model.moved(before)
+    assert slope @ moved > 0
+    guard._level(model, before)
+    if used < budget.NEAR:
+        torch.testing.assert_close(model.moved(before), moved)
+    else:
+        d = model.preconditioner()
+        torch.testing.assert_close(
+            model.moved(before), moved - d * slope * (slope @ moved) / (slope @ (d * slope)), atol=1e-12, rtol=1e-9
+        )
+
+
+def test_replay_begins_after_a_retreat_grows_with_further_ones_and_ends(monkeypatch):
+    guard = CurvatureBudget(budget_kl=1e-2, examples=ALL, replay_share=0.3)
+    _, model = begun(guard, 0.95)
+    numbers, kl = guard.memory.numbers, {"now": 0.02}
+    monkeypatch.setattr(type(model.safety), "heldout", lambda self: kl["now"])
+    monkeypatch.setattr(budget, "pull_back", lambda *given: PulledBack(0.008, "back", retreated=kl["now"] > 0.01))
+    shares = []
+    for now in (0.0095, 0.02, 0.02, 0.02, 0.0095, 0.005):
+        kl["now"] = now
+        guard._control(model, budget.CEILING)
+        shares.append(numbers["share"] if numbers["replaying"] else 0.0)
+    assert shares == pytest.approx([0.0, 0.3, 0.6, 1.2, 1.2, 0.0])
+    assert numbers["share"] == pytest.approx(0.6)
+    said = [entry.what for entry in guard.memory.log]
+    assert said.count("replay begins") == said.count("replay ends") == 1
+
+
+@pytest.mark.parametrize("share", [0.1, 2.0])
+def test_replay_adds_the_safety_gradient_at_its_share_of_the_task(share):
+    guard = CurvatureBudget(budget_kl=1e-2, examples=ALL, replay_share=share)
+    _, model = begun(guard, 0.3)
+    guard.memory.numbers["replaying"] = 1
+    task, safety = model.gradient(), model.safety.divergence.gradient()
+    without = task - safety * (task @ safety) / (safety @ safety)
+    guard.shape_gradient(model)
+    wanted = without + share * safety * torch.linalg.vector_norm(task) / torch.linalg.vector_norm(safety)
+    torch.testing.assert_close(model.gradient(), wanted)
+
+
+@pytest.mark.parametrize(("kl", "pulls"), [(0.0095, 0), (0.011, 1)])
+def test_at_the_end_of_the_run_the_budget_itself_is_the_limit(kl, pulls, monkeypatch):
+    for known in (True, False):
+        guard = CurvatureBudget(budget_kl=1e-2)
+        _, model = begun(guard, 0.8)
+        model.steps = model.step if known else None
+        guard.memory.numbers.update(next_check=1000, next_refresh=1000)
+        monkeypatch.setattr(type(model.safety), "heldout", lambda self: kl)
+        monkeypatch.setattr(budget, "pull_back", lambda *given: PulledBack(0.005, "down"))
+        guard.shape_update(model, model.vector())
+        before_end = sum("pulled back" in entry.what for entry in guard.memory.log)
+        assert before_end == (pulls if known else 0)  # a checkpoint of the last step is saved before `finish`
+        guard.finish(model)
+        assert sum("pulled back" in entry.what for entry in guard.memory.log) == pulls
