@@ -120,12 +120,13 @@ def _sizes_by_regime(record: dict[str, Any], prompts: str) -> list[str]:
 def guard_table(record: dict[str, Any]) -> str:
     """Runs with and without guards as Markdown, seeds side by side: smallest and largest of them.
 
-    "Learned" is the fall of the task loss over that of the unguarded run of the same seed.
+    "Learned" is the fall of the task loss over that of the unguarded run of the same seed. A run is on the front if no
+    other of its set, regime and seed has learned as much or more at as little KL or less.
     """
     rows = [
-        "| regime | set | guard | strength | seeds | learned | held-out KL, nats | margin, nats | refusals "
-        "| over-refused | step time |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| regime | set | guard | strength | seeds | learned | held-out KL, nats | on the front | margin, nats "
+        "| refusals | over-refused | step time |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     free = {(r["set"], r["regime"], r["seed"]): r for r in record["guard_runs"] if r["guard"] == "none"}
     grouped: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
@@ -137,9 +138,10 @@ def guard_table(record: dict[str, Any]) -> str:
             alone = free[run["set"], run["regime"], run["seed"]]
             fall, whole = (each["task_loss_before"] - each["task_loss"] for each in (run, alone))
             learned.append(fall / whole)
-        spread = [_spread(learned, _percent)]
+        front = sum(not any(_beats(other, run) for other in record["guard_runs"]) for run in runs)
+        spread = [_spread(learned, _percent), _spread([run["heldout_kl"] for run in runs], "{:.3g}".format)]
+        spread.append(f"{front} of {len(runs)}")
         for key, form in (
-            ("heldout_kl", "{:.3g}".format),
             ("margin", "{:+.2f}".format),
             ("refusal_rate", _percent),
             ("over_refusal_rate", _percent),
@@ -148,6 +150,14 @@ def guard_table(record: dict[str, Any]) -> str:
             spread.append(_spread([run[key] for run in runs], form))
         rows.append(f"| {' | '.join([regime, name, guard, f'{strength:g}', str(len(runs)), *spread])} |")
     return "\n".join(rows)
+
+
+def _beats(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether a run beats another of its set, regime and seed: no worse in task loss and KL, and better in one."""
+    if any(one[key] != other[key] for key in ("set", "regime", "seed")):
+        return False
+    gains = [other[key] - one[key] for key in ("task_loss", "heldout_kl")]
+    return min(gains) >= 0 and max(gains) > 0
 
 
 def _spread(values: Sequence[float | None], form: Callable[[Any], str]) -> str:

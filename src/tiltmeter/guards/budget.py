@@ -11,8 +11,8 @@ What the directions miss is seen in the KL on held-out prompts, and answered by 
 the task's gradient would do against safety is taken out of it before the optimiser sees it (`surgery`): that keeps the
 optimiser's memory clean and costs the task next to nothing, but promises nothing under Adam. Where the budget is nearly
 used up the same is done in the optimiser's metric, to the gradient and to the update. When KL is about to exceed the
-budget the model is pulled back (`pullback`), and where even that finds no way down, safety is trained (replay). Every
-such act is in the log.
+budget the model is pulled back (`pullback`), and where that does not last or finds no way down, safety is trained
+(replay). Every such act is in the log.
 """
 
 from __future__ import annotations
@@ -44,7 +44,11 @@ FELT, NEAR, CEILING, RESERVE = 0.1, 0.6, 0.9, 0.85
 #: Weight of the past in the mean of safety gradients, where they are of other examples every step.
 REMEMBERED = 0.5
 
-#: Largest share of replay, as a multiple of `replay_share`; every retreat doubles it.
+#: Looks at an update within which a second pull-back calls for replay. One upon another they fit the few held-out
+#: prompts, and the KL on others stays behind.
+SOON = 2
+
+#: Largest share of replay, as a multiple of `replay_share`; every further call doubles it.
 MOST_REPLAY = 8
 
 #: Rotation (one minus mean squared cosine) above which directions are measured twice, below which half as often.
@@ -61,14 +65,15 @@ class CurvatureBudget:
         rank: most directions.
         every: steps between two projections; more than one is for large spaces, where each costs two passes.
         refresh: steps between two measurements of the directions, at first.
-        check: most steps between two measurements of held-out KL; 0 for none.
+        check: most steps between two measurements of held-out KL; 0 for none, and then for the ellipsoid alone: no
+            surgery, pull-back or replay, as with a budget of 0.
         carry: read the way that was spent off the log-likelihoods at a refresh; False begins each basis at zero, which
             is projection as it is usually meant.
         steer: adapt `refresh` to the rotation.
         examples: safety examples a step, of which the gradient of the KL is taken; others every step, and a mean over
             the last few steps is what counts.
-        replay_share: length of the replayed gradient, as a share of the task's, at first: every retreat doubles it,
-            every end of replay halves it; 0 for no replay.
+        replay_share: length of the replayed gradient, as a share of the task's, at first: every further call for
+            replay doubles it, every end halves it; 0 for no replay.
     """
 
     strength: float = 1.0
@@ -97,6 +102,8 @@ class CurvatureBudget:
                 raise InputError(f"guard budget: {name} must be at least {least}, got {getattr(self, name)}")
         require_examples(model.safety, 2, "the curvature budget")
         model.require_metric()
+        self.memory.tensors.clear()  # of another run
+        self.memory.numbers.clear()
         self.memory.numbers.update(interval=self.refresh, wait=1, next_check=1, replaying=0, share=self.replay_share)
         if self.check:
             self.memory.tensors["inside"] = model.vector()
@@ -105,15 +112,16 @@ class CurvatureBudget:
     def shape_gradient(self, model: Trainee) -> None:
         """Keep the task's gradient from raising KL; replay where it is called for.
 
-        Cost: a backward pass over `examples` examples. None before the first check: at the anchor KL has no gradient.
+        Cost: a backward pass over `examples` examples; none at the anchor, where KL has no gradient.
         """
-        if self._used() <= 0:
+        if not self.check or self.budget_kl == 0 or model.step == 0:
             return
         numbers, divergence = self.memory.numbers, model.safety.divergence
         safety = divergence.gradient(draw(divergence.m, self.examples, model.seed + model.step))
         past = self.memory.tensors.get("slope")
-        fresh = past is None or self.examples >= divergence.m
-        slope = safety if past is None or fresh else safety.lerp(past.to(safety), REMEMBERED)
+        slope = safety
+        if past is not None and self.examples < divergence.m:
+            slope = safety.lerp(past.to(safety), REMEMBERED)
         task = model.gradient()
         share = self.strength * numbers["share"] * norm(task) if numbers["replaying"] else 0.0
         metric = model.preconditioner() if self._used() > NEAR else None
@@ -140,7 +148,8 @@ class CurvatureBudget:
         last = model.step == model.steps  # a checkpoint may be saved before `finish`
         if self.check and (last or model.step >= numbers["next_check"]):
             self._control(model, 1.0 if last else CEILING)
-        if (not self.check or self._used() >= FELT) and model.step >= numbers["next_refresh"]:
+        felt = not self.check or numbers.get("kl", 0.0) >= FELT * self.budget_kl
+        if felt and not last and model.step >= numbers["next_refresh"]:
             self._measure(model)
 
     def finish(self, model: Trainee) -> None:
@@ -194,7 +203,7 @@ class CurvatureBudget:
         kl = max(float(model.safety.divergence.losses().mean()), model.safety.heldout())
         if not self.carry:
             return max(0.0, self.budget_kl - kl)
-        if kl < 0.1 * self.budget_kl:
+        if kl < FELT * self.budget_kl:
             return self.budget_kl
         return self.budget_kl * min(1.0, energy / kl)
 
@@ -202,8 +211,9 @@ class CurvatureBudget:
         """Move the weights back so that the energy is allowed; the coordinates are kept up to date."""
         tensors = self.memory.tensors
         basis = self._basis(model)
-        z = tensors["z"] + basis.coordinates(model.moved(before)).double().cpu()
-        eigenvalues, allowed = tensors["eigenvalues"], self.memory.numbers["allowed"]
+        # a state that was read back is on the device of the weights
+        z = tensors["z"].cpu() + basis.coordinates(model.moved(before)).double().cpu()
+        eigenvalues, allowed = tensors["eigenvalues"].cpu(), self.memory.numbers["allowed"]
         if float((eigenvalues * z.square()).sum()) / 2 > allowed:
             move, change = hold(basis, z, eigenvalues, model.preconditioner(), allowed)
             model.write(model.vector().add_(move, alpha=self.strength))
@@ -242,8 +252,11 @@ class CurvatureBudget:
             self.memory.note(model.step, f"pulled back {result.how}", f"held-out KL {kl:.2e} -> {result.kl:.2e} nats")
             kl = result.kl
             self._recount(model)
-            if result.retreated and self.replay_share > 0:
-                self._replay(model.step, kl)
+            again = model.step - numbers.get("pulled", -math.inf) <= SOON * self.every
+            stuck = result.retreated or kl > CEILING * budget
+            if (stuck or again) and self.replay_share > 0:
+                self._replay(model.step, kl, "a pull-back that failed" if stuck else "one pull-back upon another")
+            numbers["pulled"] = model.step
         elif numbers["replaying"] and kl <= NEAR * budget:
             numbers.update(replaying=0, share=max(self.replay_share, numbers["share"] / 2))
             self.memory.note(model.step, "replay ends", f"held-out KL {kl:.2e} of {budget:g} nats")
@@ -254,14 +267,14 @@ class CurvatureBudget:
         wait = max(1, math.floor(min(self.check, 2 * numbers["wait"], left)))
         numbers.update(kl=kl, checked=model.step, wait=wait, next_check=model.step + wait)
 
-    def _replay(self, step: int, kl: float) -> None:
+    def _replay(self, step: int, kl: float, why: str) -> None:
         """Begin replay, or make it stronger."""
         numbers = self.memory.numbers
         if numbers["replaying"]:
             numbers["share"] = min(MOST_REPLAY * self.replay_share, 2 * numbers["share"])
         else:
             numbers["replaying"] = 1
-            self.memory.note(step, "replay begins", f"held-out KL {kl:.2e} of {self.budget_kl:g} nats after a retreat")
+            self.memory.note(step, "replay begins", f"held-out KL {kl:.2e} of {self.budget_kl:g} nats after {why}")
 
     def _recount(self, model: Trainee) -> None:
         """After a pull-back the coordinates are read off the log-likelihoods, in the basis as it is."""

@@ -23,7 +23,6 @@ from tiltmeter.lm.model import trainable, undisturbed
 from tiltmeter.lm.objective import likelihood_objective
 from tiltmeter.lm.processes import agreed
 from tiltmeter.lm.scores import score_loss
-from tiltmeter.lm.sharding import is_divided
 
 #: Of this many safety examples one is held out.
 HELD_OUT_EVERY = 3
@@ -32,6 +31,9 @@ HELD_OUT_EVERY = 3
 @dataclass(frozen=True)
 class Undisturbed:
     """An objective of a model in training, evaluated without dropout and without a trace.
+
+    Where there are several processes all of them ask, and get the main one's numbers: a last digit that differs would
+    let what they train drift apart.
 
     Attributes:
         inner: the objective.
@@ -56,32 +58,28 @@ class Undisturbed:
         """That of the inner one."""
         return self.inner.work
 
-    def _same(self, found: Tensor) -> Tensor:
-        """Where all gather the same layers, they must come to the same numbers, and so to the same next step."""
-        return agreed(found) if is_divided(self.model) else found
-
     def _quietly(self) -> AbstractContextManager[None]:
         return undisturbed(self.model)
 
     def losses(self, displacement: Tensor | None = None) -> Tensor:
         """Losses [m]."""
         with self._quietly():
-            return self._same(self.inner.losses(displacement))
+            return agreed(self.inner.losses(displacement))
 
     def directional(self, v: Tensor, displacement: Tensor | None = None) -> Tensor:
         """G v [m]."""
         with self._quietly():
-            return self._same(self.inner.directional(v, displacement))
+            return agreed(self.inner.directional(v, displacement))
 
     def gradient(self, weights: Tensor | None = None, displacement: Tensor | None = None) -> Tensor:
         """G' w [n]."""
         with self._quietly(), torch.enable_grad():
-            return self._same(self.inner.gradient(weights, displacement))
+            return agreed(self.inner.gradient(weights, displacement))
 
     def hvp(self, v: Tensor, weights: Tensor | None = None, displacement: Tensor | None = None) -> Tensor:
         """H v [n]."""
         with self._quietly(), torch.enable_grad():
-            return self._same(self.inner.hvp(v, weights, displacement))
+            return agreed(self.inner.hvp(v, weights, displacement))
 
 
 class LanguageSafety:
@@ -155,7 +153,7 @@ class LanguageSafety:
         score, mix = self._score, self._mix()
         products = gram(self.model, [batch for _, batch in score.chunks], score_loss, score.forward.parameters)
         score.forward.passes.add("gram", score.work, len(score.chunks))
-        total = agreed(products.total) if is_divided(self.model) else products.total
+        total = agreed(products.total)
         found = top_directions(score, rank, mix @ total.cpu() @ mix.T)
         if not isinstance(found.basis, SampleBasis):
             return found
@@ -169,7 +167,7 @@ class LanguageSafety:
         found = combine(self.model, [batch for _, batch in score.chunks], score_loss, score.forward.parameters, weights)
         score.forward.passes.add("gram", score.work, len(score.chunks))
         columns = torch.cat([found[name].flatten(1) for name in self.space.names], 1)
-        return agreed(columns) if is_divided(self.model) else columns
+        return agreed(columns)
 
     def _mix(self) -> Tensor:
         """Examples as combinations of the sequences in the order of the micro-batches, [m, s]."""

@@ -79,7 +79,8 @@ class Session:
         self.model.step += 1
         if not self.active:
             return
-        if self.guard.every and self.model.step % self.guard.every == 0:
+        every, last = self.guard.every, self.model.step == self.model.steps  # a trainer saves before `end`
+        if every and (last or self.model.step % every == 0):
             if self.before is None:
                 raise InputError("after_step without before_step: call both around every optimiser step")
             self.guard.shape_update(self.model, self.before)

@@ -30,7 +30,7 @@ from tiltmeter.lm.sharding import whole
 FEWEST = 12
 
 #: Steps between two projections where the directions are too many numbers to keep.
-EVERY_IN_LARGE_SPACES = 8
+EVERY_IN_LARGE_SPACES = 4
 
 
 def guard_named(
