@@ -143,6 +143,17 @@ def test_a_pull_back_that_finds_no_way_down_calls_for_replay(monkeypatch):
     assert guard.memory.numbers["replaying"]
 
 
+@pytest.mark.parametrize(("every", "now", "replaying"), [(4, 0.0022, 0), (4, 0.0023, 1), (1, 0.0023, 0)])
+def test_in_large_spaces_replay_begins_where_the_next_look_would_be_too_late(every, now, replaying, monkeypatch):
+    """The root of the KL has risen evenly over four steps; in four more it is at four times the KL."""
+    guard = CurvatureBudget(budget_kl=1e-2, every=every, examples=ALL)
+    _, model = begun(guard, 0.0)
+    monkeypatch.setattr(type(model.safety), "heldout", lambda self: now)
+    guard.memory.numbers["checked"], model.step = 0, 4
+    guard._control(model, budget.CEILING)
+    assert guard.memory.numbers["replaying"] == replaying
+
+
 @pytest.mark.parametrize("every", [1, 4])
 def test_one_pull_back_upon_another_calls_for_replay(every, monkeypatch):
     for apart, replaying in ((2 * every, 1), (2 * every + 1, 0)):

@@ -11,8 +11,8 @@ What the directions miss is seen in the KL on held-out prompts, and answered by 
 the task's gradient would do against safety is taken out of it before the optimiser sees it (`surgery`): that keeps the
 optimiser's memory clean and costs the task next to nothing, but promises nothing under Adam. Where the budget is nearly
 used up the same is done in the optimiser's metric, to the gradient and to the update. When KL is about to exceed the
-budget the model is pulled back (`pullback`), and where that does not last or finds no way down, safety is trained
-(replay). Every such act is in the log.
+budget the model is pulled back (`pullback`), and where that does not last, finds no way down or would come too late
+between two looks, safety is trained (replay). Every such act is in the log.
 """
 
 from __future__ import annotations
@@ -257,6 +257,11 @@ class CurvatureBudget:
             if (stuck or again) and self.replay_share > 0:
                 self._replay(model.step, kl, "a pull-back that failed" if stuck else "one pull-back upon another")
             numbers["pulled"] = model.step
+        elif (
+            budget > 0 and self.every > 1 and math.sqrt(max(0.0, kl)) + rate * self.every > math.sqrt(CEILING * budget)
+        ):
+            if not numbers["replaying"] and self.replay_share > 0:
+                self._replay(model.step, kl, "a rise that would pass it before the next look")
         elif numbers["replaying"] and kl <= NEAR * budget:
             numbers.update(replaying=0, share=max(self.replay_share, numbers["share"] / 2))
             self.memory.note(model.step, "replay ends", f"held-out KL {kl:.2e} of {budget:g} nats")
