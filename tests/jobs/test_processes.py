@@ -58,6 +58,12 @@ def guarded_run(folder: Path) -> dict[str, Any]:
     return finetune(*NAMES, RUN, folder, options=TRACKER, guard=GUARD, device="cpu", dtype="float64").record
 
 
+def full_run(folder: Path) -> dict[str, Any]:
+    """Full fine-tuning without a guard; the rate is small, because all weights move."""
+    recipe = replace(RUN, lora=None, learning_rate=2e-3)
+    return finetune(*NAMES, recipe, folder, options=TRACKER, device="cpu", dtype="float64").record
+
+
 def work(folder: str) -> None:
     """What each of the two does."""
     made = record_of(Path(folder))
@@ -83,21 +89,23 @@ def divide(folder: str) -> None:
     model = open_model("demo:tiny", device="cpu").loaded.model
     here = sum(p.to_local().numel() for p in model.parameters())
     run = guarded_run(Path(folder) / "divided")
-    assert (run == {}) == (dist.get_rank() > 0)
+    full = full_run(Path(folder) / "divided-full")
+    assert (run == {}) == (full == {}) == (dist.get_rank() > 0)
     begun = Path(folder) / "begun"
     (begun / "track").mkdir(parents=True, exist_ok=True)
     (begun / "track" / "rows.jsonl").touch()
     refused = []
     for job in (
         lambda: assess(*NAMES, replace(RECIPE, lora=None), OPTIONS, device="cpu"),
-        lambda: finetune(*NAMES, replace(RECIPE, lora=None), Path(folder) / "full", device="cpu"),
+        lambda: finetune(*NAMES, replace(RECIPE, lora=None), Path(folder) / "full", guard=GUARD, device="cpu"),
         lambda: finetune(*NAMES, RECIPE, begun, resume=True, device="cpu"),
         lambda: open_model("demo:aligned", device="cpu"),
     ):
         with pytest.raises(UnsupportedModel) as caught:
             job()
         refused.append(str(caught.value))
-    made = {"told": told, "run": run, "share": here / sum(p.numel() for p in model.parameters()), "refused": refused}
+    share = here / sum(p.numel() for p in model.parameters())
+    made = {"told": told, "run": run, "full": full, "share": share, "refused": refused}
     (Path(folder) / f"{dist.get_rank()}.json").write_text(json.dumps(made))
     dist.destroy_process_group()
 
@@ -193,6 +201,35 @@ def test_with_divided_weights_a_guarded_run_is_that_of_whole_ones(
     assert adapters[0].keys() == adapters[1].keys()
     for name, weight in adapters[0].items():
         torch.testing.assert_close(weight, adapters[1][name])
+
+
+def test_divided_weights_are_trained_as_whole_ones(forked: tuple[Path, dict[str, list[Ended]]], tmp_path: Path) -> None:
+    """FSDP2, full fine-tuning: what is measured is the same, and what is not is said."""
+    folder, done = forked
+    assert [process.returncode for process in done["divide"]] == [0, 0], done["divide"][0].stderr[-3000:]
+    divided = json.loads((folder / "0.json").read_text())["full"]
+    alone = json.loads(json.dumps(full_run(tmp_path / "run")))
+    unknown = ("drift_energy", "drift_outside")  # the subspace's
+    for name in unknown:
+        assert divided["curves"][name]["value"] == [None] * len(divided["curves"]["steps"])
+        assert alone["curves"][name]["value"][-1] > 0
+        del divided["curves"][name], alone["curves"][name]
+    lengths = [held["curves"].pop("weight_change")["value"] for held in (divided, alone)]
+    assert lengths[0] == pytest.approx(lengths[1], rel=0.05)  # a sketch's against the true one
+    said = {path: reason for path, reason in divided.pop("reasons").items() if unknown[0] in path}
+    assert all("divided among processes" in reason for reason in said.values())
+    assert said
+    del alone["reasons"]
+    compare({"run": divided}, {"run": alone})
+    models = [load_file(at / "model" / "model.safetensors") for at in (folder / "divided-full", tmp_path / "run")]
+    assert models[0].keys() == models[1].keys()
+    for name, weight in models[0].items():
+        torch.testing.assert_close(weight, models[1][name])
+    # the saved model is one that can be opened, and has moved as far as the record says
+    moved = open_model(str(folder / "divided-full" / "model"), device="cpu", dtype="float64").loaded.model
+    start = dict(open_model("demo:tiny", device="cpu", dtype="float64").loaded.model.named_parameters())
+    length = sum(float((p - start[name]).square().sum()) for name, p in moved.named_parameters()) ** 0.5
+    assert lengths[1][-1] == pytest.approx(length, rel=1e-9)
 
 
 def test_with_divided_weights_an_assessment_is_that_of_whole_ones(forked: tuple[Path, dict[str, list[Ended]]]) -> None:

@@ -135,15 +135,17 @@ def finetune(
         report: told of every stage.
 
     Started in several processes (`accelerate launch`, torchrun), it trains with the trainer's own data parallelism; the
-    main process alone measures and writes, and the others come back with an empty record. Where they divide the frozen
-    weights (FSDP2), all of them measure, since a layer is gathered by all.
+    main process alone measures and writes, and the others come back with an empty record. Where they divide the weights
+    (FSDP2), all of them measure, since a layer is gathered by all. In full fine-tuning the trained weights are divided:
+    KL, margin and the length of the way are measured there, and there is no safety subspace.
 
     Returns: the track, also written to `out`; the record comes last.
 
     Raises:
         OutputExists: `out` holds a run and `resume` was not given, or the run is finished.
         InputError: model, data, recipe or assessment cannot be used, or `out` holds another run.
-        UnsupportedModel: the trained weights would be divided among processes, as in full fine-tuning under FSDP2.
+        UnsupportedModel: a guard is given and the trained weights would be divided among processes, as in full
+            fine-tuning under FSDP2; or a run under FSDP2 is to be resumed.
         ModelError: a checkpoint to resume from is damaged or does not fit.
 
     Cost: that of the run, plus `record["overhead"]`.
@@ -159,7 +161,7 @@ def finetune(
         compliance_opening=compliance_opening or opened.compliance_opening,
     )
     opened = with_lora(opened, recipe.lora, seed)
-    trainable(opened.loaded.model)  # refuses divided ones, before anything is measured
+    trainable(opened.loaded.model, parts=guard is None)  # refuses before anything is measured
     if resume and is_divided(opened.loaded.model):
         raise UnsupportedModel(
             "a run under FSDP2 cannot be resumed: transformers does not keep the optimiser of a model that was divided "

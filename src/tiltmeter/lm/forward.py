@@ -11,9 +11,11 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from transformers import PreTrainedModel
 
+from tiltmeter.errors import UnsupportedModel
 from tiltmeter.geometry.objective import Passes
 from tiltmeter.geometry.space import ParameterSpace
 from tiltmeter.lm.conversation import Batch
+from tiltmeter.lm.sharding import is_part
 from tiltmeter.lm.template import UNSUPERVISED
 
 
@@ -44,8 +46,19 @@ class Forward:
     def at(self, displacement: Tensor | None = None, v: Tensor | None = None, step: float = 0.0) -> dict[str, Tensor]:
         """Parameters at anchor + displacement + step v, float32 (or float64), detached; the anchor is not copied.
 
-        Sums are made tensor by tensor: no second vector [n] is held on the way.
+        Sums are made tensor by tensor: no second vector [n] is held on the way. Parameters that are divided among
+        processes stay in the model, which gathers them itself; there is nothing but the anchor then.
+
+        Raises:
+            UnsupportedModel: a place other than the anchor, and parameters are divided.
         """
+        if any(is_part(p) for p in self.parameters.values()):
+            if displacement is not None or v is not None:
+                raise UnsupportedModel(
+                    "trained weights that are divided among processes (FSDP2) can be measured where they are and not "
+                    "moved elsewhere; train a LoRA, or launch without dividing the model"
+                )
+            return {}
         out = {name: _full(p.detach()) for name, p in self.parameters.items()}
         for shift, scale in ((displacement, 1.0), (v, step)):
             if shift is not None:

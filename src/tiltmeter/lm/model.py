@@ -18,7 +18,7 @@ from tiltmeter.lm.adapter import adapter_folder, base_of, has_tokenizer, merge, 
 from tiltmeter.lm.checkpoint import cannot, check_memory, read_gguf, read_model, read_tokenizer
 from tiltmeter.lm.four_bit import NF4, differentiable, holds_four_bits, is_four_bit, scales
 from tiltmeter.lm.frozen import frozen_weights
-from tiltmeter.lm.sharding import divided, is_divided, whole
+from tiltmeter.lm.sharding import divided, is_divided, is_part, let_go, whole
 
 DTYPES = {
     "auto": None,
@@ -143,6 +143,7 @@ def undisturbed(model: nn.Module) -> Iterator[None]:
             model.__dict__["forward"] = plain
         yield
     finally:
+        let_go(model)
         if cast is not None and plain is not None:
             model.__dict__["forward"] = cast
         for module, training in modes:
@@ -197,8 +198,12 @@ def add_lora(
     return replace(loaded, model=model.eval(), digest=digest_of(model))
 
 
-def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+def trainable(model: nn.Module, *, parts: bool = False) -> dict[str, nn.Parameter]:
     """Parameters that require gradients, in the model's order; tied ones once.
+
+    Args:
+        model: that is trained.
+        parts: take parameters that are divided among processes too: of these no products can be formed.
 
     Raises:
         UnsupportedModel: one of them is divided among processes (FSDP2, tensor parallelism): its products would be
@@ -206,11 +211,12 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     """
     found = {name: p for name, p in model.named_parameters() if p.requires_grad}
     for name, p in found.items():
-        if hasattr(p, "placements"):  # a DTensor; its type cannot be imported where PyTorch has no distributed part
+        if is_part(p) and not parts:
             raise UnsupportedModel(
                 f"parameter {name} is divided among processes (a DTensor, as fully_shard makes them), and this version "
                 "differentiates whole parameters only. Give a LoRA recipe (--lora-r), whose factors are added to the "
-                "divided model and are whole, or launch without dividing it."
+                "divided model and are whole, fine-tune without a guard, which needs no products, or launch without "
+                "dividing it."
             )
     return found
 

@@ -1,9 +1,10 @@
 """Models whose weights are divided among processes (FSDP2), as transformers loads them.
 
 `accelerate launch --use_fsdp --fsdp_version 2` asks for it through the environment. Every process then reads and keeps
-only its part of the frozen weights and gathers a layer when it comes to it. What is trained, LoRA's factors, is added
-afterwards and is whole everywhere, so that vectors, products and forecasts are those of one process. Double backward
-does not pass through gathered layers: Hessian products are differences of gradients there.
+only its part of the weights and gathers a layer when it comes to it. LoRA's factors are added afterwards and are whole
+everywhere, so that vectors, products and forecasts are those of one process. Double backward does not pass through
+gathered layers: Hessian products are differences of gradients there. Where the divided weights themselves are trained,
+the model can be measured as it stands, and no vector of parameters is formed.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ def divided(what: str) -> Any | None:
     if _asked("ACCELERATE_USE_DEEPSPEED"):
         raise UnsupportedModel(
             f"cannot load {what} under DeepSpeed: its engine owns parameters and gradients, and products of them are "
-            "what tiltmeter is made of. Launch without it, or with --use_fsdp --fsdp_version 2 for LoRA."
+            "what tiltmeter is made of. Launch without it, or with --use_fsdp --fsdp_version 2."
         )
     if not _asked(FSDP):
         return None
@@ -56,7 +57,7 @@ def divided(what: str) -> Any | None:
 
 def is_divided(model: nn.Module) -> bool:
     """Whether a process holds only a part of some parameter (a DTensor)."""
-    return any(hasattr(p, "placements") for p in model.parameters())
+    return any(is_part(p) for p in model.parameters())
 
 
 @contextmanager
@@ -74,6 +75,22 @@ def fulfilled(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         os.environ[FSDP] = before
+
+
+def is_part(tensor: Tensor) -> bool:
+    """Whether this process holds only a part of the tensor: a DTensor, whose type some builds of PyTorch lack."""
+    return hasattr(tensor, "placements")
+
+
+def let_go(model: nn.Module) -> None:
+    """Drop what layers still hold of the others' parts, so that the model's parameters are its own parts again.
+
+    FSDP2 keeps the outermost layer's weights gathered between passes; by their names one would then find the gathered
+    copies, which nobody trains.
+    """
+    for module in model.modules():
+        if hasattr(module, "reshard") and hasattr(module, "unshard"):
+            module.reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:

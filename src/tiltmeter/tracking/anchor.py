@@ -22,6 +22,7 @@ from tiltmeter.lm.model import Loaded, trainable
 from tiltmeter.lm.objective import LanguageObjective, likelihood_objective
 from tiltmeter.lm.safety import COMPLIANCE_OPENING, REFUSAL_OPENING, SafetySet, prepare_safety, spread
 from tiltmeter.lm.scores import score_loss
+from tiltmeter.lm.sharding import is_part, whole
 from tiltmeter.tracking.path import Sketch
 
 #: Parameters up to which a copy of the weights is kept; above, only their sketch.
@@ -141,13 +142,13 @@ def measure_anchor(loaded: Loaded, rows: Sequence[Mapping[str, Any]], options: T
         refusal_opening=options.refusal_opening,
         compliance_opening=options.compliance_opening,
     )
-    forward = Forward(loaded.model, trainable(loaded.model))
+    forward = Forward(loaded.model, trainable(loaded.model, parts=True))
     pad = loaded.tokenizer.pad_token_id
     reference = divergence_objective(forward, safety.responses, pad, options.max_tokens).log_probability
     values, coefficients, columns, reason = measure_subspace(forward, safety.responses, pad, options)
-    held = forward.space.size <= HELD
+    held = forward.space.size <= HELD and not any(is_part(p) for p in forward.parameters.values())
     weights = {name: p.detach().clone() for name, p in forward.parameters.items()} if held else {}
-    sketch = Sketch(seed=options.seed).of(forward.parameters.values())
+    sketch = Sketch(seed=options.seed).of(whole(p.detach()) for p in forward.parameters.values())
     return Anchor(
         safety, reference, weights, sketch, forward.device.type, values, coefficients, tuple(columns), reason,
     )  # fmt: skip
@@ -162,6 +163,8 @@ def measure_subspace(
     """
     if options.rank == 0:
         return None, None, [], "the tracker was told to measure no subspace (rank 0)"
+    if any(is_part(p) for p in forward.parameters.values()):
+        return None, None, [], "the trained weights are divided among processes, which forms no products of gradients"
     score = likelihood_objective(forward, examples, pad, options.max_tokens, per="root")
     held = [batch for _, batch in score.chunks]
     products = gram(forward.model, held, score_loss, forward.parameters, store_bytes=FACTORS)

@@ -12,6 +12,7 @@ from tiltmeter.geometry.sensitivity import Basis, DenseBasis, SampleBasis, Sensi
 from tiltmeter.geometry.space import dot, norm
 from tiltmeter.lm.forward import Forward
 from tiltmeter.lm.objective import likelihood_objective
+from tiltmeter.lm.sharding import whole
 from tiltmeter.tracking.anchor import Anchor, TrackerOptions
 from tiltmeter.tracking.path import Sketch
 
@@ -72,8 +73,10 @@ def measure_drift(
     sketch = Sketch(seed=options.seed)
     same = anchor.device == forward.device.type
     if not anchor.weights:
-        moved = sketch.of(forward.parameters.values()) - anchor.sketch if same else None
-        reason = f"the trained space has {forward.space.size:,} parameters; above the limit only a sketch is kept"
+        moved = sketch.of(whole(p.detach()) for p in forward.parameters.values()) - anchor.sketch if same else None
+        reason = anchor.no_subspace or (
+            f"the trained space has {forward.space.size:,} parameters; above the limit only a sketch is kept"
+        )
         return Drift(None if moved is None else float(moved.norm()), None, None, None, reason, moved)
     parts = {name: _wide(p.detach()) - _wide(anchor.weights[name]) for name, p in forward.parameters.items()}
     moved = sketch.of(parts.values()) if same else None

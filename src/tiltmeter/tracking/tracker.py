@@ -93,7 +93,7 @@ class Tracker:
         self.options = options or TrackerOptions()
         self.loaded = wrap(model, tokenizer)
         safety_rows = list(read_rows(safety).rows if isinstance(safety, (str, Path)) else safety)
-        self.forward = Forward(model, trainable(model))
+        self.forward = Forward(model, trainable(model, parts=True))
         if self.forward.space.size == 0:
             raise InputError("the model has no trainable parameters; mark those to be trained with requires_grad first")
         self._prompts = usable_prompts(self.loaded, safety_rows, self.options)
