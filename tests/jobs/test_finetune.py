@@ -16,9 +16,11 @@ from transformers import TrainerCallback
 
 from tiltmeter import store
 from tiltmeter.errors import InputError, ModelError, OutputExists, RecipeError
+from tiltmeter.guards.names import GUARDS
 from tiltmeter.jobs.assess import assess
 from tiltmeter.jobs.checkpoints import check_checkpoint, check_optimizer, last_checkpoint
 from tiltmeter.jobs.finetune import finetune
+from tiltmeter.jobs.guarding import GuardOptions
 from tiltmeter.jobs.inputs import open_model
 from tiltmeter.jobs.recipe import Lora, Recipe, recipe_of
 from tiltmeter.jobs.subject import Options, with_lora
@@ -95,6 +97,45 @@ def test_killed_and_resumed_gives_the_rows_of_an_uninterrupted_run(killed: Path,
     assert all(torch.equal(one[1][key], two[1][key]) for key in one[1])
     with pytest.raises(OutputExists, match="finished run"):
         run(recipe, broken, resume=True)
+
+
+class Cut(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+    """Ends the run after the checkpoint of step 6."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 7:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", sorted(set(GUARDS) - {"none", "safe_lora", "lox"}))  # two need another model as base
+def test_a_guarded_run_is_resumed_with_its_guard(tmp_path: Path, name: str) -> None:
+    guard = GuardOptions(name, budget_kl=1e-3)
+    whole = run(LORA, tmp_path / "whole", guard=guard).record
+    with pytest.raises(KeyboardInterrupt):
+        run(LORA, tmp_path / "cut", guard=guard, callbacks=[Cut()])
+    resumed = run(LORA, tmp_path / "cut", guard=guard, resume=True).record
+    assert resumed["curves"] == whole["curves"]
+    late = [[entry for entry in told["guard"]["log"] if entry["step"] > 6] for told in (whole, resumed)]
+    assert late[0] == late[1]
+    run(LORA, tmp_path / "free")
+    first, second, free = (
+        load_file(tmp_path / name / "model" / "adapter_model.safetensors") for name in ("whole", "cut", "free")
+    )
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    assert any(not torch.equal(first[key], free[key]) for key in first)
+
+
+def test_the_last_row_is_of_the_model_that_is_saved(tmp_path: Path) -> None:
+    """The average takes the place of the weights after the last step, and before it is measured."""
+    told = run(FULL, tmp_path / "run", guard=GuardOptions("ema")).record
+    saved = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    start = dict(open_model("demo:tiny", device="cpu").loaded.model.named_parameters())
+    length = sum(float((value - start[name].detach()).square().sum()) for name, value in saved.items()) ** 0.5
+    lengths = told["curves"]["weight_change"]["value"]
+    assert lengths[-1] == pytest.approx(length, rel=1e-5)
+    assert lengths[-1] < 0.9 * max(lengths)
+    [*_, last] = told["guard"]["log"]
+    assert (last["step"], last["what"]) == (FULL.steps, "weights replaced by their average")
 
 
 def test_trl_takes_the_same_steps_as_transformers(tmp_path: Path) -> None:

@@ -54,8 +54,8 @@ def record_of(folder: Path) -> dict[str, Any]:
     return {"told": told, "run": guarded_run(folder / "run")}
 
 
-def guarded_run(folder: Path) -> dict[str, Any]:
-    return finetune(*NAMES, RUN, folder, options=TRACKER, guard=GUARD, device="cpu", dtype="float64").record
+def guarded_run(folder: Path, **more: Any) -> dict[str, Any]:
+    return finetune(*NAMES, RUN, folder, options=TRACKER, guard=GUARD, device="cpu", dtype="float64", **more).record
 
 
 def full_run(folder: Path) -> dict[str, Any]:
@@ -90,7 +90,11 @@ def divide(folder: str) -> None:
     here = sum(p.to_local().numel() for p in model.parameters())
     run = guarded_run(Path(folder) / "divided")
     full = full_run(Path(folder) / "divided-full")
-    assert (run == {}) == (full == {}) == (dist.get_rank() > 0)
+    cut = Path(folder) / "cut"
+    with pytest.raises(KeyboardInterrupt):
+        guarded_run(cut, callbacks=[Cut()])
+    resumed = guarded_run(cut, resume=True)
+    assert (run == {}) == (resumed == {}) == (full == {}) == (dist.get_rank() > 0)
     begun = Path(folder) / "begun"
     (begun / "track").mkdir(parents=True, exist_ok=True)
     (begun / "track" / "rows.jsonl").touch()
@@ -98,16 +102,24 @@ def divide(folder: str) -> None:
     for job in (
         lambda: assess(*NAMES, replace(RECIPE, lora=None), OPTIONS, device="cpu"),
         lambda: finetune(*NAMES, replace(RECIPE, lora=None), Path(folder) / "full", guard=GUARD, device="cpu"),
-        lambda: finetune(*NAMES, RECIPE, begun, resume=True, device="cpu"),
+        lambda: finetune(*NAMES, replace(RECIPE, lora=None), begun, resume=True, device="cpu"),
         lambda: open_model("demo:aligned", device="cpu"),
     ):
         with pytest.raises(UnsupportedModel) as caught:
             job()
         refused.append(str(caught.value))
     share = here / sum(p.numel() for p in model.parameters())
-    made = {"told": told, "run": run, "full": full, "share": share, "refused": refused}
+    made = {"told": told, "run": run, "resumed": resumed, "full": full, "share": share, "refused": refused}
     (Path(folder) / f"{dist.get_rank()}.json").write_text(json.dumps(made))
     dist.destroy_process_group()
+
+
+class Cut(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+    """Ends every process in the middle of the run."""
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 5:
+            raise KeyboardInterrupt
 
 
 class Ray(TrainerCallback):  # type: ignore[misc]  # transformers has no types
@@ -203,6 +215,19 @@ def test_with_divided_weights_a_guarded_run_is_that_of_whole_ones(
         torch.testing.assert_close(weight, adapters[1][name])
 
 
+def test_with_divided_weights_a_guarded_run_can_be_resumed(forked: tuple[Path, dict[str, list[Ended]]]) -> None:
+    """FSDP2: cut off at step 5 in every process, gone on with from the checkpoint of step 4."""
+    folder, done = forked
+    assert [process.returncode for process in done["divide"]] == [0, 0], done["divide"][0].stderr[-3000:]
+    told = json.loads((folder / "0.json").read_text())
+    logs = [told[name]["guard"].pop("log") for name in ("run", "resumed")]
+    compare({"run": told["resumed"]}, {"run": told["run"]})
+    assert [entry for entry in logs[0] if entry["step"] > 4] == [entry for entry in logs[1] if entry["step"] > 4]
+    adapters = [load_file(folder / name / "model" / "adapter_model.safetensors") for name in ("divided", "cut")]
+    for name, weight in adapters[0].items():
+        torch.testing.assert_close(weight, adapters[1][name])
+
+
 def test_divided_weights_are_trained_as_whole_ones(forked: tuple[Path, dict[str, list[Ended]]], tmp_path: Path) -> None:
     """FSDP2, full fine-tuning: what is measured is the same, and what is not is said."""
     folder, done = forked
@@ -252,7 +277,7 @@ def test_with_divided_weights_an_assessment_is_that_of_whole_ones(forked: tuple[
     assess_full, full, resumed, merged = first["refused"]
     assert "Give a LoRA recipe (--lora-r)" in assess_full
     assert "Give a LoRA recipe (--lora-r)" in full
-    assert resumed.startswith("a run under FSDP2 cannot be resumed")
+    assert resumed.startswith("full fine-tuning under FSDP2 cannot be resumed")
     assert "Save the merged model to a folder first" in merged
 
 

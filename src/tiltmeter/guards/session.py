@@ -42,11 +42,14 @@ class Session:
         guard: the method.
         model: what is trained.
         before: weights [n] that the last `shape_update` left, while a guard looks at updates.
+        finished: whether the guard has finished: after the last step where that is known, so that what is measured and
+            saved there is the guarded model; else at `end`.
     """
 
     guard: Guard
     model: Trainee
     before: Tensor | None = field(default=None)
+    finished: bool = False
 
     @property
     def active(self) -> bool:
@@ -85,15 +88,21 @@ class Session:
                 raise InputError("after_step without before_step: call both around every optimiser step")
             self.guard.shape_update(self.model, self.before)
             self.before = None
+        if last:
+            self._finish()
 
     def end(self) -> None:
-        """The last step is done; steps that were not looked at yet are looked at first."""
-        if not self.active:
+        """There are no more steps; those that were not looked at yet are looked at first."""
+        if not self.active or self.finished:
             return
         if self.before is not None:
             self.guard.shape_update(self.model, self.before)
             self.before = None
+        self._finish()
+
+    def _finish(self) -> None:
         self.guard.finish(self.model)
+        self.finished = True
 
     def save(self, folder: Path) -> None:
         """Write the guard's state: tensors as safetensors, the rest as JSON, the JSON last."""

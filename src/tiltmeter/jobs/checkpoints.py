@@ -11,8 +11,11 @@ from safetensors import SafetensorError, safe_open
 
 from tiltmeter.errors import ModelError
 
-#: Where the trainer keeps the optimiser's state.
-OPTIMIZER = "optimizer.pt"
+#: Where the trainer keeps the states of the optimiser and of the learning rate's schedule.
+OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
+
+#: How the names of files with weights begin, whole or in shards.
+_WEIGHTS = ("model", "adapter_model")
 
 _PICKLES = ("pytorch_model.bin", "adapter_model.bin", "pytorch_model.bin.index.json")
 
@@ -41,8 +44,8 @@ def check_optimizer(folder: Path) -> None:
     """
     if not (folder / OPTIMIZER).exists():
         raise ModelError(
-            f"{folder} was saved without its optimiser (save_only_model, or a run under FSDP2), so the run cannot go "
-            "on as it was: begin anew in another folder"
+            f"{folder} was saved without its optimiser (save_only_model, or cut off), so the run cannot go on as it "
+            "was. If an earlier checkpoint has one, delete this; else begin anew in another folder."
         )
 
 
@@ -80,7 +83,8 @@ def check_checkpoint(folder: Path, model: Any) -> None:
 
 
 def _shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    files = sorted(folder.glob("*.safetensors"))
+    # guards keep their own state beside the weights
+    files = sorted(path for kind in _WEIGHTS for path in folder.glob(f"{kind}*.safetensors"))
     if not files:
         pickled = any((folder / name).exists() for name in _PICKLES)
         why = "only pickle files, which run code when they are opened" if pickled else "no weights"

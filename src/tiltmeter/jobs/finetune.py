@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,7 +33,15 @@ from tiltmeter.jobs.track import (
     path_of,
     read_assessment,
 )
-from tiltmeter.jobs.training import StopTogether, TrainerName, arguments_of, build_trainer, check_precision, train
+from tiltmeter.jobs.training import (
+    KeepOptimizer,
+    StopTogether,
+    TrainerName,
+    arguments_of,
+    build_trainer,
+    check_precision,
+    train,
+)
 from tiltmeter.lm.conversation import Encoded, encode
 from tiltmeter.lm.four_bit import count, dtype_name
 from tiltmeter.lm.model import trainable
@@ -145,7 +154,7 @@ def finetune(
         OutputExists: `out` holds a run and `resume` was not given, or the run is finished.
         InputError: model, data, recipe or assessment cannot be used, or `out` holds another run.
         UnsupportedModel: a guard is given and the trained weights would be divided among processes, as in full
-            fine-tuning under FSDP2; or a run under FSDP2 is to be resumed.
+            fine-tuning under FSDP2; or such a run is to be resumed.
         ModelError: a checkpoint to resume from is damaged or does not fit.
 
     Cost: that of the run, plus `record["overhead"]`.
@@ -162,10 +171,12 @@ def finetune(
     )
     opened = with_lora(opened, recipe.lora, seed)
     trainable(opened.loaded.model, parts=guard is None)  # refuses before anything is measured
-    if resume and is_divided(opened.loaded.model):
+    everywhere = is_divided(opened.loaded.model)
+    if resume and everywhere and recipe.lora is None:
         raise UnsupportedModel(
-            "a run under FSDP2 cannot be resumed: transformers does not keep the optimiser of a model that was divided "
-            "when it was loaded. Begin anew in another folder, or without --use_fsdp, whose runs can be resumed."
+            "full fine-tuning under FSDP2 cannot be resumed: transformers does not keep the optimiser of weights that "
+            "were divided when they were loaded. Begin anew in another folder; runs with LoRA, and without --use_fsdp, "
+            "can be resumed."
         )
     loaded, rows = opened.loaded, open_rows(tuning)
     encoded = encode(rows.rows, loaded.tokenizer, min(recipe.max_length, loaded.context))
@@ -174,9 +185,8 @@ def finetune(
         check_same_run(foretold, _facts(run, Reasons()))
     fields = arguments_of(recipe, arguments or {}, out, loaded.model.device)
     check_precision(fields, loaded.model.device)
-    everywhere = is_divided(loaded.model)
     if everywhere:
-        fields["save_only_model"] = True  # the trainer cannot save more there
+        fields["save_only_model"] = True  # the trainer does not save more there
     with fulfilled(loaded.model):
         started = build_trainer(loaded, encoded.examples, recipe, fields, kind=trainer)
     checkpoint = last_checkpoint(out) if resume else None
@@ -201,6 +211,9 @@ def finetune(
 
     if everywhere:
         scratch = None if is_main() else TemporaryDirectory(prefix="tiltmeter-")  # what nobody will read
+        if scratch is not None and resume:  # all must do the same, and so begin with the same rows
+            shutil.copytree(out / TRACK, Path(scratch.name) / TRACK)
+        together(lambda: None)  # before the main one writes
         track_run(out / TRACK if scratch is None else Path(scratch.name) / TRACK)
     else:
         together(lambda: track_run(out / TRACK))
@@ -210,7 +223,8 @@ def finetune(
     watchers = watchers or [Listener()]
     # where all measure, they must know before they do whether one of them wants to stop or to save
     agreed = [StopTogether()] if everywhere else []
-    train(started, [*callbacks, *agreed, *([] if guarding is None else [guarding[0]]), *watchers], checkpoint)
+    kept = [KeepOptimizer()] if everywhere and recipe.lora is not None else []
+    train(started, [*callbacks, *agreed, *kept, *([] if guarding is None else [guarding[0]]), *watchers], checkpoint)
     report("writing the result")
     started.save_model(str(out / MODEL))
     if not is_main():

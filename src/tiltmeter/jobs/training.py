@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tiltmeter.errors import InputError, RecipeError
+from tiltmeter.jobs.checkpoints import OPTIMIZER, SCHEDULER
 from tiltmeter.jobs.recipe import OPTIMIZERS, Recipe
 from tiltmeter.lm.conversation import Example, collate
 from tiltmeter.lm.model import Loaded
@@ -182,6 +183,24 @@ class StopTogether(TrainerCallback):  # type: ignore[misc]  # transformers has n
         """Ask the others."""
         control.should_training_stop = bool(largest_of_all(int(control.should_training_stop)))
         control.should_save = bool(largest_of_all(int(control.should_save)))
+
+
+class KeepOptimizer(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+    """Puts the optimiser and the schedule into every checkpoint, where the trainer refuses to.
+
+    It does not keep them for models that were divided when they were loaded, since they might be divided too; LoRA's
+    are whole. Files and format are the trainer's own, which reads them when it resumes. Random states are left out:
+    dropout, where a model has any, goes on with other draws.
+    """
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Write them whole or not at all; the main process alone."""
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        for name, held in ((SCHEDULER, kwargs["lr_scheduler"]), (OPTIMIZER, kwargs["optimizer"])):
+            torch.save(held.state_dict(), folder / f".{name}.part")
+            (folder / f".{name}.part").replace(folder / name)
 
 
 def train(trainer: Any, callbacks: Sequence[TrainerCallback], checkpoint: Path | None) -> None:

@@ -89,8 +89,9 @@ def let_go(model: nn.Module) -> None:
     copies, which nobody trains.
     """
     for module in model.modules():
-        if hasattr(module, "reshard") and hasattr(module, "unshard"):
-            module.reshard()
+        reshard = getattr(module, "reshard", None)  # of an FSDPModule, which some builds of PyTorch lack
+        if callable(reshard):
+            reshard()
 
 
 def whole(tensor: Tensor) -> Tensor:
