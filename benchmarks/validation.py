@@ -42,6 +42,7 @@ def table(record: dict[str, Any]) -> str:
         label = name.replace("_", " ") + (" (ours)" if each["ours"] else "")
         rows.append(f"| {label} | {told[0]} | {told[1]} | {each['steps']:.1f} |")
     cover, fell = record["coverage"], record["collapse"]
+    narrow = all("same_prompts" in cell["predicted"] for cell in record["cells"])  # older records had none
     said = [
         f"{record['finished']} of {record['planned']} planned cells ({record['model']}); held-out prompts.",
         *_by_regime(record),
@@ -51,6 +52,7 @@ def table(record: dict[str, Any]) -> str:
         + "; ".join(
             f"{_hits(cover[prompts]['margin_change']['cells'])} (margin) and "
             f"{_hits(cover[prompts]['safety_kl']['cells'])} (KL) cells on {prompts.replace('_', '-')} prompts"
+            + (" (there without the draw of prompts)" if prompts == "assessed" and narrow else "")
             for prompts in ("held_out", "assessed")
         )
         + ".",

@@ -12,7 +12,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from tiltmeter.geometry.forecast import combine, jackknife, mean_interval
+from tiltmeter.geometry.forecast import combine, jackknife, mean_interval, on_these_prompts
 
 TRIALS = 2000
 
@@ -88,6 +88,19 @@ def test_forecast_over_prompts_and_batches_together(prompts: int, groups: int, p
     reach = float(stats.t.ppf(0.95, groups - 1)) * shifts.std(-1) / math.sqrt(groups)
     curve = combine(samples, 0.9, reach, torch.zeros(trials, dtype=torch.float64))
     assert 0.85 <= covered(curve.low, curve.high, 1.0) <= 0.97
+
+
+@pytest.mark.parametrize("scatter", [0.2, 5.0])
+def test_forecast_for_the_prompts_it_was_made_from(scatter: float) -> None:
+    """The truth is that of the drawn prompts, however they scatter; only the batches are redrawn."""
+    trials, groups, prompts = 2000, 6, 8
+    there = 1 + scatter * normal(trials, prompts, seed=4)
+    shifts = normal(trials, groups, seed=5)
+    told = there + shifts.mean(-1, keepdim=True)
+    reach = float(stats.t.ppf(0.95, groups - 1)) * shifts.std(-1) / math.sqrt(groups)
+    curve = on_these_prompts(told.mean(-1), reach, torch.zeros(trials, dtype=torch.float64))
+    inside = (curve.low <= there.mean(-1)) & (there.mean(-1) <= curve.high)
+    assert 0.88 <= float(inside.double().mean()) <= 0.92
 
 
 def test_gap_between_paths_stretches_to_the_true_side() -> None:

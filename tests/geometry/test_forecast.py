@@ -22,6 +22,7 @@ from tiltmeter.geometry.forecast import (
     jackknife,
     local_exponent,
     mean_interval,
+    on_these_prompts,
     part_ways,
 )
 from tiltmeter.geometry.metric import Sgd
@@ -156,6 +157,12 @@ def test_combine_adds_scatter_in_squares_and_the_gap_on_its_side() -> None:
     assert_close(got.high, value + above + double(0.3, 0.0))
     assert_close(got.low, value - below - double(0.0, 0.7))
     assert bool(combine(x[:, :1], 0.9, batch, gap).low.isnan().all())
+
+
+def test_on_these_prompts_leaves_their_scatter_out() -> None:
+    got = on_these_prompts(double(1.0, 2.0), double(0.5, 0.25), double(0.3, -0.7))
+    assert_close(got.low, double(0.5, 1.05))
+    assert_close(got.high, double(1.8, 2.25))
 
 
 @dataclass(frozen=True)

@@ -170,6 +170,7 @@ def test_a_forecast_is_laid_beside_the_run_it_speaks_of(tmp_path: Path) -> None:
     assert compared["steps"] == told.record["forecast"]["steps"]
     for key in ("margin_change", "safety_kl"):
         assert compared[key]["predicted"] == told.record["forecast"][key]["value"]
+        assert compared[key]["low"] == told.record["forecast"]["same_prompts"][key]["low"]
         at = [curves["steps"].index(step) for step in compared["steps"]]
         assert compared[key]["measured"] == [curves[key]["value"][place] for place in at]
         ends = zip(compared[key]["low"], compared[key]["high"], compared[key]["measured"], strict=True)

@@ -136,6 +136,21 @@ def test_the_interval_reaches_to_where_more_looks_would_lead() -> None:
     assert_close(same.low - onward.low, 0.1 * torch.tensor(STEPS, dtype=torch.float64))
 
 
+def test_intervals_for_the_same_prompts_hold_rows_and_looks_alone() -> None:
+    """However the prompts scatter: the reach of the rows to both sides, what more looks would change to one."""
+    for scatter in (0.01, 1.0):
+        outlook = made(-0.5, other=-0.4, straight=-0.5, reach=100.0, scatter=scatter)
+        told = outlook.same_prompts["margin_change"]
+        assert_close(told.value, outlook.margin_change.value)
+        assert_close(told.high - told.value, 100.0 * TIMES)
+        assert_close(told.value - told.low, 100.0 * TIMES + 0.1 * torch.tensor(STEPS, dtype=torch.float64))
+        kl = outlook.same_prompts["safety_kl"]
+        assert_close(kl.value, outlook.safety_kl.value)
+        assert_close(kl.high - kl.value, 0.2 * kl.value)
+        assert bool((outlook.safety_kl.high >= kl.high).all())
+        assert bool((outlook.margin_change.low <= told.low).all())
+
+
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
 def test_noise_of_the_slope_grows_with_what_the_path_makes_of_it(scale: float) -> None:
     """A curved change three times the straight one has three times its noise, until the straight one drowns in it."""

@@ -55,8 +55,8 @@ def test_batch_losses_are_the_trainers(subject: Subject, batch: int, expected: i
 def test_looks_on_the_way_are_made_of_rows_that_the_sample_left_out(
     subject: Subject, monkeypatch: pytest.MonkeyPatch, batch: int, per_look: int
 ) -> None:
-    """Four rows at least, or those of a step, and no more than the sample; each batch's loss is the trainer's."""
-    monkeypatch.setattr(tuning_module, "LEAST_ROWS", 4 if batch == 2 else 3)
+    """A look's part of the least, or the rows of a step, and no more than the sample; losses are the trainer's."""
+    monkeypatch.setattr(tuning_module, "LEAST_ROWS", 4 * (4 if batch == 2 else 3))
     rows = RowSet("rows", tuple({**row, "prompt": f"{row['prompt']} {i}"} for i in range(20) for row in ROWS), "d")
     options = Options(**{**vars(OPTIONS), "max_tuning": 6, "looks": 4})
     tuning = prepare_tuning(subject, rows, Recipe(steps=12, batch_size=batch), options)

@@ -98,6 +98,11 @@ def test_a_cell_holds_the_forecast_and_a_run_that_really_happened(plan: Plan, do
     change = (arrays["assessed.margin"][-1] - arrays["assessed.margin"][0]).mean()
     assert_close(seen["margin_change"]["value"][-1], float(change))
     assert abs(float(change)) > 1e-3
+    narrow, wide = [
+        held["margin_change"]["high"][-1] - held["margin_change"]["low"][-1] for held in (told["same_prompts"], told)
+    ]
+    assert narrow < wide
+    assert record["predicted"]["same_prompts"]["margin_change"]["low"] == told["same_prompts"]["margin_change"]["low"]
     assert record["measured"]["length"] > 0
     assert record["predictors"]["rehearsal_margin"]["value"] == pytest.approx(-told["margin_change"]["value"][-1])
     assert not (done / "cells" / cell.name / "trainer").exists()
@@ -125,6 +130,18 @@ def test_the_summary_says_what_the_cells_say(plan: Plan, done: Path) -> None:
         expected.append(abs(told - seen) / max(abs(seen), 0.02))
     assert end["errors"] == pytest.approx(expected)
     assert end["median"] == pytest.approx(sorted(expected)[2] / 2 + sorted(expected)[3] / 2)
+    for prompts in ("assessed", "held_out"):
+        hits = 0
+        for cell in found["cells"]:
+            predicted, seen = cell["predicted"], cell["measured"][prompts]
+            step = predicted["horizon_steps"]
+            if step == 0:
+                continue
+            ends = (predicted["same_prompts"] if prompts == "assessed" else predicted)["margin_change"]
+            change = seen["margin_change"]["value"][seen["steps"].index(step)]
+            place = predicted["steps"].index(step)
+            hits += ends["low"][place] <= change <= ends["high"][place]
+        assert found["coverage"][prompts]["margin_change"]["cells"]["hits"] == hits
     by_regime = found["predictors"]["rehearsal_margin"]["margin"]
     assert list(by_regime["by_regime"]) == ["lora"]
     assert by_regime["sets"] == {"full": 1, "lora": 4}

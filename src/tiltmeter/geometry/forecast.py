@@ -235,6 +235,14 @@ def combine(per_prompt: Tensor, level: float, batch_reach: Tensor, gap: Tensor) 
     return Curve(value, value - below, value + above)
 
 
+def on_these_prompts(value: Tensor, batch_reach: Tensor, gap: Tensor) -> Curve:
+    """A mean with an interval for the tuning batches and the choice of path alone: for the very prompts it is over.
+
+    Other prompts answer differently, which `combine` allows for; arguments as there, `value` [s] the mean.
+    """
+    return Curve(value, value - batch_reach - (-gap).clamp_min(0), value + batch_reach + gap.clamp_min(0))
+
+
 def first_crossing(steps: Sequence[int], values: Tensor, budget: float, *, rising: bool) -> float | None:
     """Step at which a curve [s] first passes a budget, linear between evaluated steps; None if it never does.
 

@@ -16,6 +16,7 @@ from tiltmeter.geometry.forecast import (
     first_crossing,
     horizon,
     local_exponent,
+    on_these_prompts,
     part_ways,
 )
 from tiltmeter.jobs.measure import Findings
@@ -59,6 +60,8 @@ class Outlook:
         margin: nats.
         margin_change: nats, against the anchor; its interval is narrower, as prompts differ most in where they start.
         refusal_rate: share.
+        same_prompts: KL and margin change again, "safety_kl" and "margin_change", with intervals that leave the draw of
+            prompts out: for a run that is measured on the prompts of the forecast.
         horizon_steps: last step for which anything is claimed.
         horizon_reason: why it ends there.
         leading_order: local exponent of the KL in flow time at the end of the recipe or the horizon, the earlier one.
@@ -73,6 +76,7 @@ class Outlook:
     margin: Curve
     margin_change: Curve
     refusal_rate: Curve
+    same_prompts: dict[str, Curve]
     horizon_steps: int
     horizon_reason: str
     leading_order: tuple[float, float, float]
@@ -148,11 +152,16 @@ def look_out(subject: Subject, found: Findings, options: Options) -> Outlook:
     kl = combine(main.safety_kl * factor[:, None], options.level, kl_reach, looks.gap(bent))
     # the factor comes from a few groups and may be off as far as it reaches
     free = main.safety_kl.mean(-1) - kl.value
-    kl = Curve(kl.value, (kl.low - (-free).clamp_min(0)).clamp_min(0), kl.high + free.clamp_min(0))
+    here = on_these_prompts(kl.value, kl_reach, looks.gap(bent))
+    kl, here = (
+        Curve(each.value, (each.low - (-free).clamp_min(0)).clamp_min(0), each.high + free.clamp_min(0))
+        for each in (kl, here)
+    )
     gap = looks.gap(lambda path: path.margin.mean(-1))
     margin_reach = carried(found.rehearsed.margin_reach(options.level)[at], straight_change, change.mean(-1))
     margin = combine(main.margin, options.level, margin_reach, gap)
     margin_change = combine(change, options.level, margin_reach, gap)
+    same = {"safety_kl": here, "margin_change": on_these_prompts(margin_change.value, margin_reach, gap)}
     rate = _refusal_rate(subject, looks, margin_reach, options)
     outlook_steps = main.steps
     crossings = _crossings(options, outlook_steps, {"safety_kl": kl, "margin": margin, "refusal_rate": rate}, last)
@@ -164,6 +173,7 @@ def look_out(subject: Subject, found: Findings, options: Options) -> Outlook:
         margin,
         margin_change,
         rate,
+        same,
         last,
         reason,
         _leading_order(outlook_steps, found.covered[at], main.safety_kl, last, options),

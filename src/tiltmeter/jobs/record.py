@@ -289,6 +289,10 @@ def _forecast(subject: Subject, found: Findings, outlook: Outlook, why: Reasons)
         "safety_kl": _curve(outlook.safety_kl, "nats per token", "forecast.safety_kl", why, few),
         "margin": {**margin, "anchor": float(subject.anchor_margin.mean())},
         "margin_change": _curve(outlook.margin_change, "nats", "forecast.margin_change", why, few),
+        "same_prompts": {
+            name: _curve(curve, unit, f"forecast.same_prompts.{name}", why, "too few tuning batches for an interval")
+            for (name, curve), unit in zip(outlook.same_prompts.items(), ("nats per token", "nats"), strict=True)
+        },
         "refusal_rate": {
             **refusal,
             "anchor": why.number("forecast.refusal_rate.anchor", rate.value, judged),

@@ -85,7 +85,7 @@ class Options:
     score: Score = "response"
     groups: int = 4
     grid: int = 5
-    looks: int = 8
+    looks: int = 16
     curved: bool = False
     krylov: int = 0
     coupling: bool = True

@@ -157,8 +157,11 @@ def check_same_run(assessment: Mapping[str, Any], run: Mapping[str, Any]) -> Non
 
 
 def comparison_of(assessment: Mapping[str, Any], curves: Mapping[str, Any], why: Reasons) -> dict[str, Any]:
-    """Predicted against measured at every step of the forecast that the run came to."""
-    forecast = assessment["forecast"]
+    """Predicted against measured at every step of the forecast that the run came to, on the forecast's own prompts.
+
+    The intervals of KL and margin leave the draw of prompts out; an older assessment has only those that do not.
+    """
+    forecast = {**assessment["forecast"], **assessment["forecast"].get("same_prompts", {})}
     places = {step: place for place, step in enumerate(curves["steps"])}
     met = [(index, places[step]) for index, step in enumerate(forecast["steps"]) if step in places]
     out: dict[str, Any] = {

@@ -23,8 +23,9 @@ from tiltmeter.lm.safety import spread
 #: Rows that are tokenised at most to find enough that can be used.
 MOST_LOOKED_AT = 4096
 
-#: Rows in a look at the gradient, where a step of the recipe has fewer: their noise is part of the forecast's.
-LEAST_ROWS = 8
+#: Rows in all looks of a rehearsal together, where steps of the recipe have fewer: their noise is part of the
+#: forecast's, and twice the looks with half the rows each carry the same.
+LEAST_ROWS = 64
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Tuning:
         further: loss of further rows, for gradients on the way: what was fitted there should not be rows seen before.
         further_batches: their batches, likewise.
         per_look: how many of these batches each gradient on the way is made of: rows of a step of the recipe, or
-            `LEAST_ROWS` where the run takes as many until the next; and no more than the sample has.
+            its part of `LEAST_ROWS` where the run takes as many until the next; and no more than the sample has.
     """
 
     rows: RowSet
@@ -148,7 +149,8 @@ def prepare_tuning(subject: Subject, rows: RowSet, recipe: Recipe, options: Opti
         members[leftover % len(members)].append(index)
     objective, batches = _in_batches(subject, encoded.examples, members)
     stretch = math.ceil(recipe.steps / options.looks) * recipe.batch_size  # rows that the run itself takes meanwhile
-    per_look = min(len(members), math.ceil(max(recipe.batch_size, min(LEAST_ROWS, stretch)) / size))
+    least = min(LEAST_ROWS // options.looks, stretch)
+    per_look = min(len(members), math.ceil(max(recipe.batch_size, least) / size))
     looks = sum(max(0, looks - 1) for looks in (options.looks, options.looks // 2))
     others = further_rows(subject.loaded, rows, recipe, options, encoded, per_look * looks * size)
     held = [list(range(start, start + size)) for start in range(0, len(others), size)]

@@ -39,6 +39,11 @@ def foretold_cell(
     for key in ("margin_change", "safety_kl"):
         predicted[key] = {end: forecast[key][end] for end in ("value", "low", "high", "unit")}
         _known(predicted[key], f"predicted.{key}", why)
+    narrow = forecast.get("same_prompts", forecast)  # older versions had none
+    predicted["same_prompts"] = {}
+    for key in ("margin_change", "safety_kl"):
+        predicted["same_prompts"][key] = {end: narrow[key][end] for end in ("low", "high")}
+        _known(predicted["same_prompts"][key], f"predicted.same_prompts.{key}", why)
     predicted["collapse_step"] = why.number("predicted.collapse_step", told, "no collapse is foretold")
     measured = _measured_of(plan, trial, why)
     recipe = cell.recipe.as_dict()
@@ -141,7 +146,7 @@ def _measured_of(plan: Plan, trial: Trial, why: Reasons) -> dict[str, Any]:
 
 def _known(curve: Mapping[str, Any], path: str, why: Reasons) -> None:
     for end in ("value", "low", "high"):
-        for place, value in enumerate(curve[end]):
+        for place, value in enumerate(curve.get(end, [])):
             if value is None:
                 why[f"{path}.{end}.{place}"] = "too few prompts or tuning batches"
 

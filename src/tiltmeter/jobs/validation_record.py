@@ -203,13 +203,17 @@ def _sizes(cells: Sequence[Cell], prompts: str, path: str, why: Reasons) -> dict
 
 
 def _coverage(cells: Sequence[Cell], prompts: str, path: str, why: Reasons) -> dict[str, Any]:
-    """Share of cells whose measurement at the last claimed step lies in the interval, and of all claimed points."""
+    """Share of cells whose measurement at the last claimed step lies in the interval, and of all claimed points.
+
+    On the assessed prompts the interval is the one that leaves the draw of prompts out.
+    """
     out: dict[str, Any] = {}
     for quantity in FLOORS:
         ends: list[bool] = []
         every: list[bool] = []
         for cell in cells:
-            curve, seen = cell["predicted"][quantity], cell["measured"][prompts][quantity]["value"]
+            told, seen = cell["predicted"], cell["measured"][prompts][quantity]["value"]
+            curve = (told["same_prompts"] if prompts == "assessed" else told)[quantity]
             inside = [
                 curve["low"][i] <= seen[j] <= curve["high"][i]
                 for i, j in _points(cell, prompts)
