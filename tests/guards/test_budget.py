@@ -189,7 +189,7 @@ def test_at_the_end_of_the_run_the_budget_itself_is_the_limit(kl, pulls, monkeyp
         guard.memory.numbers.update(next_check=1000, next_refresh=1000)
         monkeypatch.setattr(type(model.safety), "heldout", lambda self: kl)
         monkeypatch.setattr(budget, "pull_back", lambda *given: PulledBack(0.005, "down"))
-        guard.shape_update(model, model.vector())
+        guard.shape_update(model)
         before_end = sum("pulled back" in entry.what for entry in guard.memory.log)
         assert before_end == (pulls if known else 0)  # a checkpoint of the last step is saved before `finish`
         guard.finish(model)

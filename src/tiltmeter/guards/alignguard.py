@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from tiltmeter.errors import UnsupportedModel
 from tiltmeter.geometry.space import dot
@@ -59,7 +58,7 @@ class AlignGuard:
             pull.add_(column.to(pull), alpha=(value - rest) * dot(column, drift))
         model.write_gradient(model.gradient().add_(pull, alpha=self.strength))
 
-    def shape_update(self, model: Trainee, before: Tensor) -> None:
+    def shape_update(self, model: Trainee) -> None:
         """Nothing."""
 
     def finish(self, model: Trainee) -> None:

@@ -112,8 +112,12 @@ class CurvatureBudget:
     def shape_gradient(self, model: Trainee) -> None:
         """Keep the task's gradient from raising KL; replay where it is called for.
 
+        Where directions are vectors, the weights before the update are kept, for `shape_update` to compare with.
+
         Cost: a backward pass over `examples` examples; none at the anchor, where KL has no gradient.
         """
+        if "columns" in self.memory.tensors and "before" not in self.memory.tensors:
+            self.memory.tensors["before"] = model.vector()
         if not self.check or self.budget_kl == 0 or model.step == 0:
             return
         numbers, divergence = self.memory.numbers, model.safety.divergence
@@ -140,11 +144,17 @@ class CurvatureBudget:
         kl: float = self.memory.numbers.get("kl", 0.0)
         return kl / self.budget_kl if self.budget_kl > 0 else 0.0
 
-    def shape_update(self, model: Trainee, before: Tensor) -> None:
-        """Hold the update to the ellipsoid; measure directions and held-out KL when due."""
+    def shape_update(self, model: Trainee) -> None:
+        """Hold the update to the ellipsoid; measure directions and held-out KL when due.
+
+        In spaces too large for directions as vectors, coordinates are read off the log-likelihoods (a forward pass
+        over the safety examples), and no copy of the weights is kept for it.
+        """
         numbers = self.memory.numbers
+        before = self.memory.tensors.pop("before", None)
         self._project(model, before)
-        self._level(model, before)
+        if before is not None:
+            self._level(model, before)
         last = model.step == model.steps  # a checkpoint may be saved before `finish`
         if self.check and (last or model.step >= numbers["next_check"]):
             self._control(model, 1.0 if last else CEILING)
@@ -186,8 +196,13 @@ class CurvatureBudget:
             factor = 0.5 if turned > TURNED else 2.0 if turned < STILL else 1.0
             least, most = max(1.0, self.refresh / 2), 16.0 * self.refresh
             numbers["interval"] = min(max(least, numbers["interval"] * factor), most)
-        z = coefficients.T @ model.safety.shift().to(coefficients) if self.carry else torch.zeros(k).double()
-        tensors["z"], tensors["eigenvalues"] = z.double().cpu(), found.eigenvalues.double().cpu()
+        # where a basis begins at zero, what was spent before it is left out of account
+        tensors["base"] = torch.zeros(k, dtype=torch.float64)
+        spent = self._coordinates(model)
+        if not self.carry:
+            tensors["base"] = spent
+        z = tensors["z"] = spent - tensors["base"]
+        tensors["eigenvalues"] = found.eigenvalues.double().cpu()
         numbers["allowed"] = self._allowance(model, float(found.energy(z)))
         numbers["next_refresh"] = model.step + numbers["interval"]
         why = f"{k} directions" if turned is None else f"{k} directions, turned by {turned:.2f} (1 - mean cos^2)"
@@ -207,12 +222,15 @@ class CurvatureBudget:
             return self.budget_kl
         return self.budget_kl * min(1.0, energy / kl)
 
-    def _project(self, model: Trainee, before: Tensor) -> None:
+    def _project(self, model: Trainee, before: Tensor | None) -> None:
         """Move the weights back so that the energy is allowed; the coordinates are kept up to date."""
         tensors = self.memory.tensors
         basis = self._basis(model)
         # a state that was read back is on the device of the weights
-        z = tensors["z"].cpu() + basis.coordinates(model.moved(before)).double().cpu()
+        if before is None:
+            z = self._coordinates(model)
+        else:
+            z = tensors["z"].cpu() + basis.coordinates(model.moved(before)).double().cpu()
         eigenvalues, allowed = tensors["eigenvalues"].cpu(), self.memory.numbers["allowed"]
         if float((eigenvalues * z.square()).sum()) / 2 > allowed:
             move, change = hold(basis, z, eigenvalues, model.preconditioner(), allowed)
@@ -283,8 +301,13 @@ class CurvatureBudget:
 
     def _recount(self, model: Trainee) -> None:
         """After a pull-back the coordinates are read off the log-likelihoods, in the basis as it is."""
+        self.memory.tensors["z"] = self._coordinates(model)
+
+    def _coordinates(self, model: Trainee) -> Tensor:
+        """Coordinates [k] in the basis as it is, read off the log-likelihoods."""
         coefficients = self.memory.tensors["coefficients"]
-        self.memory.tensors["z"] = (coefficients.T @ model.safety.shift().to(coefficients)).double().cpu()
+        z = (coefficients.T @ model.safety.shift().to(coefficients)).double().cpu()
+        return z - self.memory.tensors["base"].cpu()
 
 
 def _rotation(old: Tensor, new: Tensor) -> float:

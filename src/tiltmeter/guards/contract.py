@@ -50,6 +50,11 @@ class Memory:
         """Write a decision down."""
         self.log.append(Decision(step, what, why))
 
+    @property
+    def nbytes(self) -> int:
+        """Memory that the tensors take."""
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, object]]:
         """Copies of the tensors, and the rest in JSON values."""
         log = [[entry.step, entry.what, entry.why] for entry in self.log]
@@ -98,8 +103,8 @@ class Guard(Protocol):
         """Gradients are accumulated and clipped; the optimiser has not moved yet."""
         ...
 
-    def shape_update(self, model: Trainee, before: Tensor) -> None:
-        """The optimiser has moved; `before` [n] are the weights that the last `shape_update` left."""
+    def shape_update(self, model: Trainee) -> None:
+        """The optimiser has moved. A guard that compares keeps the weights as they were itself, in its memory."""
         ...
 
     def finish(self, model: Trainee) -> None:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from tiltmeter.errors import InputError
 from tiltmeter.guards.contract import Memory, require_strength
 from tiltmeter.guards.trainee import Trainee
@@ -38,7 +36,7 @@ class AverageWeights:
         if model.step:
             self._take(model)
 
-    def shape_update(self, model: Trainee, before: Tensor) -> None:
+    def shape_update(self, model: Trainee) -> None:
         """Nothing."""
 
     def finish(self, model: Trainee) -> None:

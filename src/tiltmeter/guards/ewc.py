@@ -8,7 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from tiltmeter.guards.contract import Memory, require_strength
 from tiltmeter.guards.trainee import Trainee, require_examples
@@ -42,7 +41,7 @@ class ElasticWeights:
         pull = model.moved(self.memory.tensors["anchor"]).mul_(self.memory.tensors["diagonal"])
         model.write_gradient(model.gradient().add_(pull, alpha=self.strength))
 
-    def shape_update(self, model: Trainee, before: Tensor) -> None:
+    def shape_update(self, model: Trainee) -> None:
         """Nothing."""
 
     def finish(self, model: Trainee) -> None:

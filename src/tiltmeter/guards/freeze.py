@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from tiltmeter.errors import UnsupportedModel
 from tiltmeter.geometry.space import dot
@@ -54,16 +53,20 @@ class FreezeLayers:
             frozen += energy[name]
         for name, part, _ in model.space.slices():
             mask[part] = per_layer_name(name) in names
-        self.memory.tensors["frozen"] = mask.to(next(iter(model.parameters.values())).device)
+        weights = model.vector()
+        mask = mask.to(weights.device)
+        self.memory.tensors.update(frozen=mask, weights=weights[mask])
         self.memory.note(model.step, f"frozen: {', '.join(names)}", f"{frozen / total:.0%} of the score energy")
 
     def shape_gradient(self, model: Trainee) -> None:
         """Frozen layers have no gradient."""
         model.write_gradient(model.gradient().masked_fill_(self.memory.tensors["frozen"], 0.0))
 
-    def shape_update(self, model: Trainee, before: Tensor) -> None:
+    def shape_update(self, model: Trainee) -> None:
         """Take back what weight decay moved."""
-        model.write(torch.where(self.memory.tensors["frozen"], before, model.vector()))
+        weights = model.vector()
+        weights[self.memory.tensors["frozen"]] = self.memory.tensors["weights"]
+        model.write(weights)
 
     def finish(self, model: Trainee) -> None:
         """Nothing."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from tiltmeter.guards.contract import Memory, require_strength
 from tiltmeter.guards.trainee import Trainee, require_examples
@@ -48,7 +47,7 @@ class GradientProjection:
             flat.sub_(basis.T @ (basis @ flat), alpha=self.strength)
         model.write_gradient(gradient)
 
-    def shape_update(self, model: Trainee, before: Tensor) -> None:
+    def shape_update(self, model: Trainee) -> None:
         """Nothing: that is its weakness."""
 
     def finish(self, model: Trainee) -> None:

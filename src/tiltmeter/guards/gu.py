@@ -9,7 +9,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from tiltmeter.geometry.space import dot
 from tiltmeter.guards.contract import Memory, require_strength
@@ -57,7 +56,7 @@ class MetricGradientProjection:
             gradient.add_(column.to(gradient), alpha=-self.strength * weight)
         model.write_gradient(gradient)
 
-    def shape_update(self, model: Trainee, before: Tensor) -> None:
+    def shape_update(self, model: Trainee) -> None:
         """Nothing."""
 
     def finish(self, model: Trainee) -> None:

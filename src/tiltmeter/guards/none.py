@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from tiltmeter.guards.contract import Memory
 from tiltmeter.guards.trainee import Trainee
 
@@ -24,7 +22,7 @@ class NoGuard:
     def shape_gradient(self, model: Trainee) -> None:
         """Nothing."""
 
-    def shape_update(self, model: Trainee, before: Tensor) -> None:
+    def shape_update(self, model: Trainee) -> None:
         """Nothing."""
 
     def finish(self, model: Trainee) -> None:

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from tiltmeter.errors import InputError
 from tiltmeter.guards.contract import Memory, require_strength
 from tiltmeter.guards.safety import draw
@@ -44,7 +42,7 @@ class Replay:
         gradient = model.gradient()
         model.write_gradient(gradient.add_(safety.to(gradient), alpha=self.strength))
 
-    def shape_update(self, model: Trainee, before: Tensor) -> None:
+    def shape_update(self, model: Trainee) -> None:
         """Nothing."""
 
     def finish(self, model: Trainee) -> None:

@@ -80,7 +80,7 @@ class SafeLora:
     def shape_gradient(self, model: Trainee) -> None:
         """Nothing."""
 
-    def shape_update(self, model: Trainee, before: Tensor) -> None:
+    def shape_update(self, model: Trainee) -> None:
         """Nothing."""
 
     def finish(self, model: Trainee) -> None:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from torch import Tensor
-
 from tiltmeter.errors import InputError
 from tiltmeter.guards.contract import Memory, require_strength
 from tiltmeter.guards.safety import draw
@@ -46,7 +44,7 @@ class SafeGrad:
             model.write_gradient(gradient)
             self.memory.numbers["conflicts"] = self.memory.numbers.get("conflicts", 0) + 1
 
-    def shape_update(self, model: Trainee, before: Tensor) -> None:
+    def shape_update(self, model: Trainee) -> None:
         """Nothing."""
 
     def finish(self, model: Trainee) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 from tiltmeter.errors import InputError
 from tiltmeter.guards.contract import Guard
@@ -41,14 +40,16 @@ class Session:
     Attributes:
         guard: the method.
         model: what is trained.
-        before: weights [n] that the last `shape_update` left, while a guard looks at updates.
+        looked: whether the guard has looked at the last step's update.
+        most: largest memory that the guard's tensors took between two events, bytes.
         finished: whether the guard has finished: after the last step where that is known, so that what is measured and
             saved there is the guarded model; else at `end`.
     """
 
     guard: Guard
     model: Trainee
-    before: Tensor | None = field(default=None)
+    looked: bool = True
+    most: int = 0
     finished: bool = False
 
     @property
@@ -74,8 +75,8 @@ class Session:
         if not self.active:
             return
         self.guard.shape_gradient(self.model)
-        if self.guard.every and self.before is None:
-            self.before = self.model.vector()
+        self.looked = False
+        self.most = max(self.most, self.guard.memory.nbytes)
 
     def after_step(self) -> None:
         """The optimiser has moved."""
@@ -84,10 +85,9 @@ class Session:
             return
         every, last = self.guard.every, self.model.step == self.model.steps  # a trainer saves before `end`
         if every and (last or self.model.step % every == 0):
-            if self.before is None:
+            if self.looked:
                 raise InputError("after_step without before_step: call both around every optimiser step")
-            self.guard.shape_update(self.model, self.before)
-            self.before = None
+            self._look()
         if last:
             self._finish()
 
@@ -95,10 +95,14 @@ class Session:
         """There are no more steps; those that were not looked at yet are looked at first."""
         if not self.active or self.finished:
             return
-        if self.before is not None:
-            self.guard.shape_update(self.model, self.before)
-            self.before = None
+        if self.guard.every and not self.looked:
+            self._look()
         self._finish()
+
+    def _look(self) -> None:
+        self.guard.shape_update(self.model)
+        self.looked = True
+        self.most = max(self.most, self.guard.memory.nbytes)
 
     def _finish(self) -> None:
         self.guard.finish(self.model)
@@ -108,13 +112,12 @@ class Session:
         """Write the guard's state: tensors as safetensors, the rest as JSON, the JSON last."""
         tensors, rest = self.guard.memory.state()
         held = {f"memory.{name}": tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        if self.before is not None:
-            held["before"] = self.before.cpu()
         save_file(held, folder / TENSORS)
         about = {
             "guard": type(self.guard).__name__,
             "settings": repr(self.guard),
             "step": self.model.step,
+            "looked": self.looked,
             "space": self.model.space.digest,
             "anchor": self.model.safety.fingerprint(),
             **rest,
@@ -147,6 +150,6 @@ class Session:
             )
         device = next(iter(self.model.parameters.values())).device
         moved = {name: tensor.to(device) for name, tensor in tensors.items()}
-        self.before = moved.pop("before", None)
+        self.looked = bool(about["looked"])
         self.guard.memory.restore({name.removeprefix("memory."): t for name, t in moved.items()}, about)
         self.model.step = int(about["step"])

@@ -123,7 +123,7 @@ class ConstrainedTokens:
             )
         self.memory.numbers["calls"] = 0
 
-    def shape_update(self, model: Trainee, before: Tensor) -> None:
+    def shape_update(self, model: Trainee) -> None:
         """Nothing."""
 
     def finish(self, model: Trainee) -> None:

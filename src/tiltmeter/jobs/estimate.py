@@ -62,12 +62,12 @@ def plan(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options) -> 
     grid = clock.grid(options.grid)
     points = len(grid) * (1 + bool(krylov) + options.curved) + 1
     gradients = (1 + options.curved) * rows
-    for looks in (options.looks // 2, options.looks):
+    fewer, most = options.both_looks(recipe.steps)
+    for looks, before in ((fewer, most - 1), (most, 0)):
         stretches = Rehearsal(recipe.metric, clock, looks).stretches()
         later = sum(step > stretches[0][1] for step in grid)
         points += later
         if later:
-            before = 0 if looks == options.looks else options.looks - 1
             gradients += sum(tuning.look_work(before + i) for i in range(len(stretches) - 1))
     planned.add("forward", subject.standing.work * points)
     planned.add("forward_backward", gradients)

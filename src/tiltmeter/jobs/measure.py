@@ -140,11 +140,12 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
     slope = replace(slope, mean=narrow(slope.mean))
     linear = replace(linear, slope=slope)
     report("rehearsal with few looks")
-    few = _rehearse(subject, tuning, linear, options.looks // 2, options.looks - 1, recipe, values["linear"])
+    fewer, all_looks = options.both_looks(recipe.steps)
+    few = _rehearse(subject, tuning, linear, fewer, all_looks - 1, recipe, values["linear"])
     check, checked = few.values, few.noise
     del few  # its end is as large as the model
     report("rehearsal")
-    most = _rehearse(subject, tuning, linear, options.looks, 0, recipe, values["linear"])
+    most = _rehearse(subject, tuning, linear, all_looks, 0, recipe, values["linear"])
     values["rehearsed"], look_rows, path_noise = most.values, most.rows, most.noise
     length, sample = norm(most.end), len(tuning.encoded.examples)
     layer_slopes = _layer_slopes(subject, most.end, float(covered[-1]))

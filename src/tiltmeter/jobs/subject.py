@@ -97,6 +97,11 @@ class Options:
     budget_refusal: float | None = None
     seed: int = 0
 
+    def both_looks(self, steps: int) -> tuple[int, int]:
+        """Looks of the two rehearsals of a run of so many steps: fewer, and all; no more than there are steps."""
+        most = max(1, min(self.looks, steps))
+        return max(1, most // 2), most
+
 
 @dataclass(frozen=True)
 class Subject:

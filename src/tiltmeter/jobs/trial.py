@@ -275,12 +275,8 @@ def _mean_loss(model: Any, task: Objective) -> float:
 
 
 def _held_gb(guard: GuardCallback | None) -> float:
-    """Tensors that a guard keeps between steps, GB."""
-    if guard is None:
-        return 0.0
-    before = None if guard.session is None else guard.session.before
-    held = [*guard.guard.memory.tensors.values(), *([] if before is None else [before])]
-    return sum(tensor.numel() * tensor.element_size() for tensor in held) / 1e9
+    """Tensors that a guard keeps between steps, at the most, GB."""
+    return 0.0 if guard is None or guard.session is None else guard.session.most / 1e9
 
 
 def _done(guard: GuardCallback | None) -> tuple[tuple[int, str, str], ...]:

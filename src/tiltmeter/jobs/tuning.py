@@ -148,11 +148,11 @@ def prepare_tuning(subject: Subject, rows: RowSet, recipe: Recipe, options: Opti
     for leftover, index in enumerate(order[len(members) * size :]):
         members[leftover % len(members)].append(index)
     objective, batches = _in_batches(subject, encoded.examples, members)
-    stretch = math.ceil(recipe.steps / options.looks) * recipe.batch_size  # rows that the run itself takes meanwhile
-    least = min(LEAST_ROWS // options.looks, stretch)
+    fewer, most = options.both_looks(recipe.steps)
+    stretch = math.ceil(recipe.steps / most) * recipe.batch_size  # rows that the run itself takes meanwhile
+    least = min(LEAST_ROWS // most, stretch)
     per_look = min(len(members), math.ceil(max(recipe.batch_size, least) / size))
-    looks = sum(max(0, looks - 1) for looks in (options.looks, options.looks // 2))
-    others = further_rows(subject.loaded, rows, recipe, options, encoded, per_look * looks * size)
+    others = further_rows(subject.loaded, rows, recipe, options, encoded, per_look * (fewer + most - 2) * size)
     held = [list(range(start, start + size)) for start in range(0, len(others), size)]
     further, further_batches = _in_batches(subject, others, held)
     return Tuning(
