@@ -223,3 +223,43 @@ def test_a_guard_that_is_used_again_knows_nothing_of_the_run_before():
     first.train(guard, 12)
     second.train(guard, 12)
     assert torch.equal(first.flat, second.flat)
+
+
+@pytest.mark.parametrize("carry", [True, False])
+def test_in_large_spaces_the_way_is_read_off_the_log_likelihoods(carry, monkeypatch):
+    """Two copies of the weights less than with dense directions, and energy where it is allowed after every look."""
+    most = {}
+    for dense in (2**26, 0):
+        monkeypatch.setattr(budget, "DENSE", dense)
+        world = World("adamw", 0.02, bend=0.0)
+        guard = CurvatureBudget(budget_kl=1e-3, carry=carry, check=0, refresh=4, steer=False)
+        session = Session(guard, world.trainee())
+        session.begin()
+        for _ in range(8):
+            step(world, session.model, session)
+            tensors = guard.memory.tensors
+            z = (tensors["coefficients"].T @ session.model.safety.shift() - tensors["base"]).double()
+            energy = float((tensors["eigenvalues"] * z.square()).sum()) / 2
+            if not dense:
+                torch.testing.assert_close(tensors["z"], z, rtol=0, atol=1e-3)
+                # few steps downhill do not lead all the way where next to nothing is allowed
+                assert not carry or energy <= 1.01 * guard.memory.numbers["allowed"]
+
+            assert "before" not in tensors
+        most[dense] = session.most
+    weights = world.flat.nbytes
+    assert most[2**26] - most[0] >= 2 * weights
+
+
+def test_the_memory_of_a_guard_is_what_it_held_at_the_most():
+    """The budget's: directions, weights inside, weights before the update, a safety gradient, and small things."""
+    world = World("adamw", 0.02)
+    guard = CurvatureBudget(budget_kl=1e-2, rank=3)
+    session = Session(guard, world.trainee())
+    session.begin()
+    for _ in range(6):
+        step(world, session.model, session)
+    session.end()
+    vectors = 3 + 3  # directions, and the three besides
+    assert 0 < session.most - vectors * world.flat.nbytes < 1.5 * guard.memory.tensors["coefficients"].nbytes + 400
+    assert guard.memory.nbytes < session.most
