@@ -222,7 +222,6 @@ def execute(run: Run, plan: Plan) -> dict[str, Any]:
     session.begin()
     start = time.process_time() - begin
     own, theirs = train(run, plan, opened, session, learned)
-    held = [*guard.memory.tensors.values(), *([] if session.before is None else [session.before])]
     answers = generate(opened.loaded, _prompts(asked), plan.response_tokens)
     harmless = generate(opened.loaded, _prompts(open_rows(plan.harmless).rows[:64]), plan.response_tokens)
     refused, over = (refusal_rate([judge_refusal(a) for a in said]) for said in (answers, harmless))
@@ -234,7 +233,7 @@ def execute(run: Run, plan: Plan) -> dict[str, Any]:
         "refusal_rate": refused.value,
         "over_refusal_rate": over.value,
         "step_time_ratio": (own + theirs) / own,
-        "extra_memory_gb": sum(t.numel() * t.element_size() for t in held) / 1e9,
+        "extra_memory_gb": session.most / 1e9,
         "start_seconds": start,
         "anchor": {**before, "refusal_rate": safety.refusal_rate().value},
         "log": [[d.step, d.what, d.why] for d in guard.memory.log[:20]],
