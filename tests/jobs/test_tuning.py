@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-import tiltmeter.jobs.tuning as tuning_module
 from tiltmeter.errors import DataError
 from tiltmeter.jobs.inputs import Opened
 from tiltmeter.jobs.recipe import Recipe
@@ -53,12 +52,11 @@ def test_batch_losses_are_the_trainers(subject: Subject, batch: int, expected: i
 
 @pytest.mark.parametrize(("batch", "per_look"), [(2, 2), (3, 2), (64, 3)])
 def test_looks_on_the_way_are_made_of_rows_that_the_sample_left_out(
-    subject: Subject, monkeypatch: pytest.MonkeyPatch, batch: int, per_look: int
+    subject: Subject, batch: int, per_look: int
 ) -> None:
     """A look's part of the least, or the rows of a step, and no more than the sample; losses are the trainer's."""
-    monkeypatch.setattr(tuning_module, "LEAST_ROWS", 4 * (4 if batch == 2 else 3))
     rows = RowSet("rows", tuple({**row, "prompt": f"{row['prompt']} {i}"} for i in range(20) for row in ROWS), "d")
-    options = Options(**{**vars(OPTIONS), "max_tuning": 6, "looks": 4})
+    options = Options(**{**vars(OPTIONS), "max_tuning": 6, "looks": 4, "look_rows": 4 * (4 if batch == 2 else 3)})
     tuning = prepare_tuning(subject, rows, Recipe(steps=12, batch_size=batch), options)
     short = prepare_tuning(subject, rows, Recipe(steps=4, batch_size=1), options)
     assert short.rows_in_look == 1  # a look for every step: what the run takes

@@ -45,7 +45,7 @@ from tiltmeter.jobs.training import (
 from tiltmeter.lm.conversation import Encoded, encode
 from tiltmeter.lm.four_bit import count, dtype_name
 from tiltmeter.lm.model import trainable
-from tiltmeter.lm.processes import is_main, join, together
+from tiltmeter.lm.processes import everywhere, is_main, join, together
 from tiltmeter.lm.rows import RowSet
 from tiltmeter.lm.sharding import fulfilled, is_divided
 from tiltmeter.tracking.alarm import Budgets
@@ -171,8 +171,8 @@ def finetune(
     )
     opened = with_lora(opened, recipe.lora, seed)
     trainable(opened.loaded.model, parts=guard is None)  # refuses before anything is measured
-    everywhere = is_divided(opened.loaded.model)
-    if resume and everywhere and recipe.lora is None:
+    parts = is_divided(opened.loaded.model)
+    if resume and parts and recipe.lora is None:
         raise UnsupportedModel(
             "full fine-tuning under FSDP2 cannot be resumed: transformers does not keep the optimiser of weights that "
             "were divided when they were loaded. Begin anew in another folder; runs with LoRA, and without --use_fsdp, "
@@ -185,7 +185,7 @@ def finetune(
         check_same_run(foretold, _facts(run, Reasons()))
     fields = arguments_of(recipe, arguments or {}, out, loaded.model.device)
     check_precision(fields, loaded.model.device)
-    if everywhere:
+    if parts:
         fields["save_only_model"] = True  # the trainer does not save more there
     with fulfilled(loaded.model):
         started = build_trainer(loaded, encoded.examples, recipe, fields, kind=trainer)
@@ -209,12 +209,20 @@ def finetune(
         )
         trackers.append(tracker)
 
-    if everywhere:
+    if parts:
         scratch = None if is_main() else TemporaryDirectory(prefix="tiltmeter-")  # what nobody will read
-        if scratch is not None and resume:  # all must do the same, and so begin with the same rows
-            shutil.copytree(out / TRACK, Path(scratch.name) / TRACK)
-        together(lambda: None)  # before the main one writes
-        track_run(out / TRACK if scratch is None else Path(scratch.name) / TRACK)
+        folder = out / TRACK if scratch is None else Path(scratch.name) / TRACK
+
+        def begin() -> None:
+            """All must do the same, and so begin with the same rows."""
+            if scratch is None or not resume:
+                return
+            if not (out / TRACK).is_dir():
+                raise InputError(f"this process does not see {out}: to resume, all need the run's folder")
+            shutil.copytree(out / TRACK, folder)
+
+        everywhere(begin)  # before the main one writes
+        track_run(folder)
     else:
         together(lambda: track_run(out / TRACK))
     guarding = None if guard is None else _guarded(guard, run, started, options or TrackerOptions())
@@ -222,8 +230,8 @@ def finetune(
     watchers: list[Listener] = [TrackerCallback(tracker, started.log, stop=stop_on_budget) for tracker in trackers]
     watchers = watchers or [Listener()]
     # where all measure, they must know before they do whether one of them wants to stop or to save
-    agreed = [StopTogether()] if everywhere else []
-    kept = [KeepOptimizer()] if everywhere and recipe.lora is not None else []
+    agreed = [StopTogether()] if parts else []
+    kept = [KeepOptimizer()] if parts and recipe.lora is not None else []
     train(started, [*callbacks, *agreed, *kept, *([] if guarding is None else [guarding[0]]), *watchers], checkpoint)
     report("writing the result")
     started.save_model(str(out / MODEL))

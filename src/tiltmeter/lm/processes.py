@@ -113,6 +113,23 @@ def together(work: Callable[[], None]) -> None:
     summed(main_alone, (1,))
 
 
+def everywhere(work: Callable[[], None]) -> None:
+    """Do something in every process; if it fails in one it fails in all, and none goes on before all have done it.
+
+    Raises:
+        TiltmeterError: in the others, when one failed.
+    """
+    if processes() == 1:
+        work()
+        return
+
+    def own() -> Tensor:
+        work()
+        return torch.zeros(1)
+
+    summed(own, (1,))
+
+
 def _device(value: Tensor) -> torch.device:
     """Where the process group can add: NCCL knows GPUs only."""
     if "nccl" in str(dist.get_backend()) and value.device.type == "cpu":
