@@ -216,7 +216,7 @@ def execute(run: Run, plan: Plan) -> dict[str, Any]:
     guard = guard_named(run.guard, opened, tuning=learned, base=base, **knob)
     source = safety_source(opened, rows[: plan.guarded], limit=plan.guarded, **length)
     optimizer = torch.optim.AdamW(forward.parameters.values(), lr=plan.regimes[run.regime][1], weight_decay=0.0)
-    session = Session(guard, Trainee(dict(forward.parameters), optimizer, source, 0, run.seed))
+    session = Session(guard, Trainee(dict(forward.parameters), optimizer, source, 0, run.seed, plan.steps))
     before = {"task_loss": _task_loss(forward, task, plan, pad), "margin": float(-margin.losses().mean())}
     begin = time.process_time()
     session.begin()

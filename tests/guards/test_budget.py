@@ -235,9 +235,9 @@ def test_in_large_spaces_the_way_is_read_off_the_log_likelihoods(carry, monkeypa
         guard = CurvatureBudget(budget_kl=1e-3, carry=carry, check=0, refresh=4, steer=False)
         session = Session(guard, world.trainee())
         session.begin()
+        tensors = guard.memory.tensors
         for _ in range(8):
             step(world, session.model, session)
-            tensors = guard.memory.tensors
             z = (tensors["coefficients"].T @ session.model.safety.shift() - tensors["base"]).double()
             energy = float((tensors["eigenvalues"] * z.square()).sum()) / 2
             if not dense:
@@ -245,10 +245,12 @@ def test_in_large_spaces_the_way_is_read_off_the_log_likelihoods(carry, monkeypa
                 # few steps downhill do not lead all the way where next to nothing is allowed
                 assert not carry or energy <= 1.01 * guard.memory.numbers["allowed"]
 
-            assert "before" not in tensors
+        session.before_step()
+        assert ("before" in tensors) == bool(dense)
         most[dense] = session.most
-    weights = world.flat.nbytes
-    assert most[2**26] - most[0] >= 2 * weights
+    # neither the weights before nor any other vector: coefficients, and three short ones
+    assert most[0] == tensors["coefficients"].nbytes + 3 * z.nbytes
+    assert most[2**26] == most[0] + (len(z) + 1) * world.flat.nbytes
 
 
 def test_the_memory_of_a_guard_is_what_it_held_at_the_most():

@@ -125,6 +125,41 @@ def test_a_guarded_run_is_resumed_with_its_guard(tmp_path: Path, name: str) -> N
     assert any(not torch.equal(first[key], free[key]) for key in first)
 
 
+class CutAtTheEnd(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+    """Ends the run after the checkpoint of its last step, before the record is written."""
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("name", [None, "ema", "budget"])
+def test_a_run_that_was_cut_off_after_its_last_step_takes_no_other(tmp_path: Path, name: str | None) -> None:
+    """At a constant rate, where another step would be seen; the guard has finished, and does not again."""
+    recipe = replace(LORA, schedule="constant", steps=9)
+    guard = None if name is None else GuardOptions(name, budget_kl=1e-3)
+    whole = run(recipe, tmp_path / "whole", guard=guard).record
+    with pytest.raises(KeyboardInterrupt):
+        run(recipe, tmp_path / "cut", guard=guard, callbacks=[CutAtTheEnd()])
+    resumed = run(recipe, tmp_path / "cut", guard=guard, resume=True).record
+    assert resumed["run"] == whole["run"]
+    assert resumed["curves"] == whole["curves"]
+    assert resumed["guard"] == whole["guard"]
+    first, second = (load_file(tmp_path / cut / "model" / "adapter_model.safetensors") for cut in ("whole", "cut"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_a_checkpoint_without_what_callbacks_add_is_passed_over(tmp_path: Path) -> None:
+    for step in (2, 4):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps({"global_step": step}))
+    (tmp_path / "checkpoint-2" / "guard.json").touch()
+    assert last_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    assert last_checkpoint(tmp_path, ["guard.json"]) == tmp_path / "checkpoint-2"
+    assert (
+        last_checkpoint(tmp_path, ["optimizer.pt"]) == tmp_path / "checkpoint-4"
+    )  # what reads it says what is missing
+
+
 def test_the_last_row_is_of_the_model_that_is_saved(tmp_path: Path) -> None:
     """The average takes the place of the weights after the last step, and before it is measured."""
     told = run(FULL, tmp_path / "run", guard=GuardOptions("ema")).record

@@ -56,7 +56,7 @@ def test_looks_on_the_way_are_made_of_rows_that_the_sample_left_out(
 ) -> None:
     """A look's part of the least, or the rows of a step, and no more than the sample; losses are the trainer's."""
     rows = RowSet("rows", tuple({**row, "prompt": f"{row['prompt']} {i}"} for i in range(20) for row in ROWS), "d")
-    options = Options(**{**vars(OPTIONS), "max_tuning": 6, "looks": 4, "look_rows": 4 * (4 if batch == 2 else 3)})
+    options = Options(**{**vars(OPTIONS), "max_tuning": 6, "looks": 4, "rehearsal_rows": 4 * (4 if batch == 2 else 3)})
     tuning = prepare_tuning(subject, rows, Recipe(steps=12, batch_size=batch), options)
     short = prepare_tuning(subject, rows, Recipe(steps=4, batch_size=1), options)
     assert short.rows_in_look == 1  # a look for every step: what the run takes

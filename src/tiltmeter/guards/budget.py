@@ -8,11 +8,12 @@ they are measured again at intervals that follow how much they turned; z is then
 need no expansion.
 
 What the directions miss is seen in the KL on held-out prompts, and answered by degrees. As soon as there is any, what
-the task's gradient would do against safety is taken out of it before the optimiser sees it (`surgery`): that keeps the
-optimiser's memory clean and costs the task next to nothing, but promises nothing under Adam. Where the budget is nearly
-used up the same is done in the optimiser's metric, to the gradient and to the update. When KL is about to exceed the
-budget the model is pulled back (`pullback`), and where that does not last, finds no way down or would come too late
-between two looks, safety is trained (replay). Every such act is in the log.
+the task's gradient would do against safety is taken out of it before the optimiser sees it (`surgery`): that keeps
+the optimiser's memory clean and costs the task next to nothing, but promises nothing under Adam. Where the budget is
+nearly used up the same is done in the optimiser's metric, to the gradient and, in spaces small enough for directions
+as vectors, to the update. When KL is about to exceed the budget the model is pulled back (`pullback`), and where that
+does not last, finds no way down or would come too late between two looks, safety is trained (replay). Every such act
+is in the log.
 """
 
 from __future__ import annotations
@@ -63,7 +64,8 @@ class CurvatureBudget:
         strength: share of a move out of the ellipsoid that is taken back.
         budget_kl: largest tolerable held-out safety KL, nats (per token); 0 keeps every sensitive direction still.
         rank: most directions.
-        every: steps between two projections; more than one is for large spaces, where each costs two passes.
+        every: steps between two projections; more than one is for large spaces, where each costs a forward pass, and
+            backward passes besides where the update is held.
         refresh: steps between two measurements of the directions, at first.
         check: most steps between two measurements of held-out KL; 0 for none, and then for the ellipsoid alone: no
             surgery, pull-back or replay, as with a budget of 0.
@@ -191,6 +193,8 @@ class CurvatureBudget:
             tensors["columns"] = columns
         else:
             turned = None
+            tensors.pop("columns", None)
+            tensors.pop("before", None)
         tensors["coefficients"] = coefficients
         if self.steer and turned is not None:
             factor = 0.5 if turned > TURNED else 2.0 if turned < STILL else 1.0

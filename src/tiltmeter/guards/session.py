@@ -118,6 +118,7 @@ class Session:
             "settings": repr(self.guard),
             "step": self.model.step,
             "looked": self.looked,
+            "finished": self.finished,
             "space": self.model.space.digest,
             "anchor": self.model.safety.fingerprint(),
             **rest,
@@ -139,6 +140,9 @@ class Session:
                 "guard, or train afresh; going on without its state would leave the model unprotected"
             ) from error
         expected = {"guard": type(self.guard).__name__, "settings": repr(self.guard), "space": self.model.space.digest}
+        for key in ("looked", "finished"):
+            if key not in about:
+                raise InputError(f"the guard saved in {folder} is of an older version, without {key!r}; train afresh")
         for key, value in expected.items():
             if about[key] != value:
                 raise InputError(f"the guard saved in {folder} has {key} {about[key]}, this one {value}; use the same")
@@ -150,6 +154,6 @@ class Session:
             )
         device = next(iter(self.model.parameters.values())).device
         moved = {name: tensor.to(device) for name, tensor in tensors.items()}
-        self.looked = bool(about["looked"])
+        self.looked, self.finished = bool(about["looked"]), bool(about["finished"])
         self.guard.memory.restore({name.removeprefix("memory."): t for name, t in moved.items()}, about)
         self.model.step = int(about["step"])

@@ -188,7 +188,7 @@ def check_options(options: Options) -> None:
         "groups": 2,
         "grid": 2,
         "looks": 2,
-        "look_rows": 1,
+        "rehearsal_rows": 1,
         "max_tokens": 1,
         "krylov": 0,
     }.items():

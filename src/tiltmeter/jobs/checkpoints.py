@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +21,17 @@ _WEIGHTS = ("model", "adapter_model")
 _PICKLES = ("pytorch_model.bin", "adapter_model.bin", "pytorch_model.bin.index.json")
 
 
-def last_checkpoint(folder: Path) -> Path | None:
+def last_checkpoint(folder: Path, needs: Sequence[str] = ()) -> Path | None:
     """The last whole checkpoint of a run; the trainer writes `trainer_state.json` last, so one without is torn.
+
+    Args:
+        folder: of the run.
+        needs: files that callbacks put into a checkpoint after that; one without them is passed over, if there is
+            one with them.
 
     Returns: `checkpoint-N` with the largest N, or None.
     """
+    whole: list[Path] = []
     numbered = [(int(path.name[11:]), path) for path in folder.glob("checkpoint-*") if path.name[11:].isdigit()]
     for step, path in sorted(numbered, reverse=True):
         try:
@@ -32,8 +39,8 @@ def last_checkpoint(folder: Path) -> Path | None:
         except (OSError, ValueError):
             continue
         if isinstance(state, dict) and state.get("global_step") == step:
-            return path
-    return None
+            whole.append(path)
+    return next((path for path in whole if all((path / name).exists() for name in needs)), next(iter(whole), None))
 
 
 def check_optimizer(folder: Path) -> None:

@@ -16,7 +16,8 @@ from transformers import TrainerCallback
 from tiltmeter import store
 from tiltmeter.errors import InputError, OutputExists, UnsupportedModel
 from tiltmeter.guards.callback import GuardCallback
-from tiltmeter.jobs.checkpoints import check_checkpoint, check_optimizer, last_checkpoint
+from tiltmeter.guards.session import REST as GUARD_STATE
+from tiltmeter.jobs.checkpoints import OPTIMIZER, check_checkpoint, check_optimizer, last_checkpoint
 from tiltmeter.jobs.guarding import GuardOptions, attach_guard, prompts_for_guard
 from tiltmeter.jobs.inputs import Opened, open_model, open_rows
 from tiltmeter.jobs.provenance import provenance
@@ -185,11 +186,13 @@ def finetune(
         check_same_run(foretold, _facts(run, Reasons()))
     fields = arguments_of(recipe, arguments or {}, out, loaded.model.device)
     check_precision(fields, loaded.model.device)
+    keeps = parts and recipe.lora is not None and not fields.get("save_only_model")
     if parts:
         fields["save_only_model"] = True  # the trainer does not save more there
     with fulfilled(loaded.model):
         started = build_trainer(loaded, encoded.examples, recipe, fields, kind=trainer)
-    checkpoint = last_checkpoint(out) if resume else None
+    needs = [*([] if guard is None else [GUARD_STATE]), *([OPTIMIZER] if parts else [])]
+    checkpoint = last_checkpoint(out, needs) if resume else None
     if checkpoint is not None:
         check_checkpoint(checkpoint, loaded.model)
         check_optimizer(checkpoint)
@@ -231,7 +234,7 @@ def finetune(
     watchers = watchers or [Listener()]
     # where all measure, they must know before they do whether one of them wants to stop or to save
     agreed = [StopTogether()] if parts else []
-    kept = [KeepOptimizer()] if parts and recipe.lora is not None else []
+    kept = [KeepOptimizer()] if keeps else []
     train(started, [*callbacks, *agreed, *kept, *([] if guarding is None else [guarding[0]]), *watchers], checkpoint)
     report("writing the result")
     started.save_model(str(out / MODEL))

@@ -65,8 +65,9 @@ class Options:
         groups: disjoint groups of tuning batches whose scatter gives the sampling error.
         grid: steps at which the forecast is evaluated.
         looks: gradients that the rehearsal measures on its way; half as many in the one that judges it.
-        look_rows: tuning rows in all looks of a rehearsal together, at least; each takes those of a step at least.
-            Their noise is part of the forecast's, and twice the looks with half the rows each carry the same.
+        rehearsal_rows: tuning rows in all looks of a rehearsal together, at least, but for those that the run itself
+            takes or the sample has; each takes those of a step at least. Their noise is part of the forecast's, and
+            twice the looks with half the rows each carry the same.
         curved: whether to follow the curved path too (a gradient of the whole sample more).
         krylov: Hessian products for the Krylov path of SGD; 0 for none.
         coupling: whether to measure the curvature coupling (gamma, crossover); the forecast does without.
@@ -88,7 +89,7 @@ class Options:
     groups: int = 4
     grid: int = 5
     looks: int = 16
-    look_rows: int = 64
+    rehearsal_rows: int = 64
     curved: bool = False
     krylov: int = 0
     coupling: bool = True

@@ -203,6 +203,21 @@ class KeepOptimizer(TrainerCallback):  # type: ignore[misc]  # transformers has 
             (folder / f".{name}.part").replace(folder / name)
 
 
+class _NothingLeft(Exception):
+    """The checkpoint that a run is resumed from is that of its last step."""
+
+
+class _StopAtTheEnd(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+    """Ends a resumed run before a step that its recipe does not have: the trainer would take one."""
+
+    def on_epoch_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Weights, optimiser and callbacks are as the checkpoint has them."""
+        if state.max_steps > 0 and state.global_step >= state.max_steps:
+            raise _NothingLeft
+
+
 def train(trainer: Any, callbacks: Sequence[TrainerCallback], checkpoint: Path | None) -> None:
     """Run a trainer, from a checkpoint or from the start.
 
@@ -214,6 +229,9 @@ def train(trainer: Any, callbacks: Sequence[TrainerCallback], checkpoint: Path |
     if launched() > 1:
         callbacks = [*callbacks, StopTogether()]
     trainer.remove_callback(PrinterCallback)  # stdout is for results; reporters of the recipe still get every line
-    for callback in callbacks:
+    for callback in [*callbacks, _StopAtTheEnd()]:
         trainer.add_callback(callback)
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    try:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    except _NothingLeft:
+        trainer.callback_handler.on_train_end(trainer.args, trainer.state, trainer.control)

@@ -95,7 +95,7 @@ class Compared:
         over_refusals: refused share of the harmless prompts after the run, or None where there are none.
         step_seconds: time of an optimiser step, the guard's part included, see `TIMING`; a mean, because what a guard
             does now and then would not be seen in a median.
-        extra_gb: what the guard holds on to.
+        extra_gb: the most that the guard held on to between two events.
         strength: the guard's strength, for `budget` its budget in nats; 0 without a guard.
         did: what the guard did: step, what, why.
     """
@@ -242,8 +242,6 @@ def run_trial(
         guard = attach_guard(guarded.guard, opened, guarded.rows, encoded.examples, trainer, recipe.seed)
         callbacks.insert(1, guard)
     train(trainer, callbacks, None)
-    if guard is not None:  # it may have changed the weights after the last step: an average, a last pull-back
-        watch.measure(recipe.steps)
     ends = zip(forward.parameters.values(), start, strict=True)
     length = sum(float((now.detach() - was).double().square().sum()) for now, was in ends) ** 0.5
     seen = {}

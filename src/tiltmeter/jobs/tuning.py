@@ -38,7 +38,8 @@ class Tuning:
         further: loss of further rows, for gradients on the way: what was fitted there should not be rows seen before.
         further_batches: their batches, likewise.
         per_look: how many of these batches each gradient on the way is made of: rows of a step of the recipe, or
-            its part of `Options.look_rows` where the run takes as many until the next; and no more than the sample has.
+            its part of `Options.rehearsal_rows` where the run takes as many until the next; and no more than the
+            sample has.
     """
 
     rows: RowSet
@@ -146,7 +147,7 @@ def prepare_tuning(subject: Subject, rows: RowSet, recipe: Recipe, options: Opti
     objective, batches = _in_batches(subject, encoded.examples, members)
     fewer, most = options.both_looks(recipe.steps)
     stretch = math.ceil(recipe.steps / most) * recipe.batch_size  # rows that the run itself takes meanwhile
-    least = min(options.look_rows // most, stretch)
+    least = min(math.ceil(options.rehearsal_rows / most), stretch)
     per_look = min(len(members), math.ceil(max(recipe.batch_size, least) / size))
     others = further_rows(subject.loaded, rows, recipe, options, encoded, per_look * (fewer + most - 2) * size)
     held = [list(range(start, start + size)) for start in range(0, len(others), size)]

@@ -39,11 +39,9 @@ def foretold_cell(
     for key in ("margin_change", "safety_kl"):
         predicted[key] = {end: forecast[key][end] for end in ("value", "low", "high", "unit")}
         _known(predicted[key], f"predicted.{key}", why)
-    narrow = forecast.get("same_prompts", forecast)  # older versions had none
-    predicted["same_prompts"] = {}
-    for key in ("margin_change", "safety_kl"):
-        predicted["same_prompts"][key] = {end: narrow[key][end] for end in ("low", "high")}
-        _known(predicted["same_prompts"][key], f"predicted.same_prompts.{key}", why)
+    for key, curve in forecast.get("same_prompts", {}).items():  # older versions had none
+        ends = predicted.setdefault("same_prompts", {}).setdefault(key, {end: curve[end] for end in ("low", "high")})
+        _known(ends, f"predicted.same_prompts.{key}", why)
     predicted["collapse_step"] = why.number("predicted.collapse_step", told, "no collapse is foretold")
     measured = _measured_of(plan, trial, why)
     recipe = cell.recipe.as_dict()

@@ -202,6 +202,13 @@ def _sizes(cells: Sequence[Cell], prompts: str, path: str, why: Reasons) -> dict
     return out
 
 
+def interval_of(predicted: Mapping[str, Any], quantity: str, prompts: str) -> Mapping[str, Any]:
+    """The interval that some prompts are judged by: on the assessed ones that without the draw of prompts."""
+    held = predicted.get("same_prompts", predicted) if prompts == "assessed" else predicted
+    curve: Mapping[str, Any] = held[quantity]
+    return curve
+
+
 def _coverage(cells: Sequence[Cell], prompts: str, path: str, why: Reasons) -> dict[str, Any]:
     """Share of cells whose measurement at the last claimed step lies in the interval, and of all claimed points.
 
@@ -213,7 +220,7 @@ def _coverage(cells: Sequence[Cell], prompts: str, path: str, why: Reasons) -> d
         every: list[bool] = []
         for cell in cells:
             told, seen = cell["predicted"], cell["measured"][prompts][quantity]["value"]
-            curve = (told["same_prompts"] if prompts == "assessed" else told)[quantity]
+            curve = interval_of(told, quantity, prompts)
             inside = [
                 curve["low"][i] <= seen[j] <= curve["high"][i]
                 for i, j in _points(cell, prompts)

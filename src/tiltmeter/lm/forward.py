@@ -43,6 +43,18 @@ class Forward:
         """Where the parameters are."""
         return next(iter(self.parameters.values())).device
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether parameters are divided among processes."""
+        return any(is_part(p) for p in self.parameters.values())
+
+    def _require_whole(self) -> None:
+        if self.in_parts:
+            raise UnsupportedModel(
+                "trained weights that are divided among processes (FSDP2) can be measured where they are; they are not "
+                "moved elsewhere and have no products. Train a LoRA, or launch without dividing the model."
+            )
+
     def at(self, displacement: Tensor | None = None, v: Tensor | None = None, step: float = 0.0) -> dict[str, Tensor]:
         """Parameters at anchor + displacement + step v, float32 (or float64), detached; the anchor is not copied.
 
@@ -52,12 +64,9 @@ class Forward:
         Raises:
             UnsupportedModel: a place other than the anchor, and parameters are divided.
         """
-        if any(is_part(p) for p in self.parameters.values()):
-            if displacement is not None or v is not None:
-                raise UnsupportedModel(
-                    "trained weights that are divided among processes (FSDP2) can be measured where they are and not "
-                    "moved elsewhere; train a LoRA, or launch without dividing the model"
-                )
+        if displacement is not None or v is not None:
+            self._require_whole()
+        elif self.in_parts:
             return {}
         out = {name: _full(p.detach()) for name, p in self.parameters.items()}
         for shift, scale in ((displacement, 1.0), (v, step)):
@@ -67,7 +76,12 @@ class Forward:
         return out
 
     def along(self, v: Tensor) -> dict[str, Tensor]:
-        """A direction [n] as named tensors of the parameters' dtypes."""
+        """A direction [n] as named tensors of the parameters' dtypes.
+
+        Raises:
+            UnsupportedModel: parameters are divided among processes.
+        """
+        self._require_whole()
         shifts = self.space.split(v.to(self.device))
         return {name: shifts[name].to(_full(p).dtype) for name, p in self.parameters.items()}
 

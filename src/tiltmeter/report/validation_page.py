@@ -93,7 +93,9 @@ def _scatter(record: Record) -> list[Markup]:
                 if told["value"][-1] is None:
                     continue
                 seen = cell["measured"][prompts][key]["value"][-1]
-                points.append(Point(told["value"][-1], seen, told["low"][-1], told["high"][-1], cell["regime"]))
+                narrow = cell["predicted"].get("same_prompts", {}) if prompts == "assessed" else {}
+                ends = narrow.get(key, told)
+                points.append(Point(told["value"][-1], seen, ends["low"][-1], ends["high"][-1], cell["regime"]))
             if points:
                 out.append(draw_scatter(f"{label} ({name})", points, _regimes(record), f"s{len(out)}"))
     return out
@@ -163,7 +165,10 @@ def _coverage(record: Record) -> dict[str, Any]:
                 path = f"coverage.{prompts}.{quantity}.{key}"
                 row.append(f"{_ranged(record, path)}, {find(record, f'{path}.hits')} of {find(record, f'{path}.n')}")
             rows.append(row)
-    caption = f"Share of measurements inside the nominal {record['level']:.0%} interval, inside the horizon."
+    caption = (
+        f"Share of measurements inside the nominal {record['level']:.0%} interval, inside the horizon; on the assessed "
+        "prompts that without the draw of prompts."
+    )
     return _table(caption, ["What", "Margin", "Safety KL"], rows)
 
 

@@ -70,7 +70,7 @@ def row_of(step: int, found: Measured, rates: Sequence[float]) -> Row:
         "drift_outside": (drift.outside, no_drift),
         "drift_coordinates": (None if drift.coordinates is None else drift.coordinates.tolist(), no_drift),
         "subspace_overlap": (found.overlap, found.no_overlap),
-        "weight_change": (drift.weight_change, no_drift),
+        "weight_change": (drift.weight_change, "the sketch was made on another kind of device"),
         "commutator_defect": (None if turn is None else turn.defect, found.no_commutator),
         "commutator_inside": (None if turn is None else turn.safety_share, no_share),
         "task_loss": (float(loss) if loss is not None and math.isfinite(loss) else None, no_loss),
