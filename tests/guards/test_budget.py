@@ -185,6 +185,7 @@ def test_at_the_end_of_the_run_the_budget_itself_is_the_limit(kl, pulls, monkeyp
     for known in (True, False):
         guard = CurvatureBudget(budget_kl=1e-2)
         _, model = begun(guard, 0.8)
+        guard.memory.tensors["before"] = model.vector()
         model.steps = model.step if known else None
         guard.memory.numbers.update(next_check=1000, next_refresh=1000)
         monkeypatch.setattr(type(model.safety), "heldout", lambda self: kl)
@@ -226,31 +227,27 @@ def test_a_guard_that_is_used_again_knows_nothing_of_the_run_before():
 
 
 @pytest.mark.parametrize("carry", [True, False])
-def test_in_large_spaces_the_way_is_read_off_the_log_likelihoods(carry, monkeypatch):
-    """Two copies of the weights less than with dense directions, and energy where it is allowed after every look."""
+def test_in_large_spaces_no_direction_is_held_as_a_vector(carry, monkeypatch):
+    """The weights before the update are; and the coordinates are those that log-likelihoods tell, to first order."""
     most = {}
     for dense in (2**26, 0):
         monkeypatch.setattr(budget, "DENSE", dense)
-        world = World("adamw", 0.02, bend=0.0)
+        world = World("adamw", 0.002, bend=0.0)
         guard = CurvatureBudget(budget_kl=1e-3, carry=carry, check=0, refresh=4, steer=False)
         session = Session(guard, world.trainee())
         session.begin()
         tensors = guard.memory.tensors
-        for _ in range(8):
+        for _ in range(6):
             step(world, session.model, session)
-            z = (tensors["coefficients"].T @ session.model.safety.shift() - tensors["base"]).double()
-            energy = float((tensors["eigenvalues"] * z.square()).sum()) / 2
-            if not dense:
-                torch.testing.assert_close(tensors["z"], z, rtol=0, atol=1e-3)
-                # few steps downhill do not lead all the way where next to nothing is allowed
-                assert not carry or energy <= 1.01 * guard.memory.numbers["allowed"]
-
+        z = (tensors["coefficients"].T @ session.model.safety.shift() - tensors["base"]).double()
+        assert float(z.norm()) > 1e-3
+        torch.testing.assert_close(tensors["z"], z, rtol=0.05, atol=1e-4)
+        assert "before" not in tensors
         session.before_step()
-        assert ("before" in tensors) == bool(dense)
+        assert "before" in tensors
         most[dense] = session.most
-    # neither the weights before nor any other vector: coefficients, and three short ones
-    assert most[0] == tensors["coefficients"].nbytes + 3 * z.nbytes
-    assert most[2**26] == most[0] + (len(z) + 1) * world.flat.nbytes
+    assert most[0] == tensors["coefficients"].nbytes + 3 * z.nbytes + world.flat.nbytes
+    assert most[2**26] == most[0] + len(z) * world.flat.nbytes
 
 
 def test_the_memory_of_a_guard_is_what_it_held_at_the_most():

@@ -8,12 +8,11 @@ they are measured again at intervals that follow how much they turned; z is then
 need no expansion.
 
 What the directions miss is seen in the KL on held-out prompts, and answered by degrees. As soon as there is any, what
-the task's gradient would do against safety is taken out of it before the optimiser sees it (`surgery`): that keeps
-the optimiser's memory clean and costs the task next to nothing, but promises nothing under Adam. Where the budget is
-nearly used up the same is done in the optimiser's metric, to the gradient and, in spaces small enough for directions
-as vectors, to the update. When KL is about to exceed the budget the model is pulled back (`pullback`), and where that
-does not last, finds no way down or would come too late between two looks, safety is trained (replay). Every such act
-is in the log.
+the task's gradient would do against safety is taken out of it before the optimiser sees it (`surgery`): that keeps the
+optimiser's memory clean and costs the task next to nothing, but promises nothing under Adam. Where the budget is nearly
+used up the same is done in the optimiser's metric, to the gradient and to the update. When KL is about to exceed the
+budget the model is pulled back (`pullback`), and where that does not last, finds no way down or would come too late
+between two looks, safety is trained (replay). Every such act is in the log.
 """
 
 from __future__ import annotations
@@ -64,8 +63,7 @@ class CurvatureBudget:
         strength: share of a move out of the ellipsoid that is taken back.
         budget_kl: largest tolerable held-out safety KL, nats (per token); 0 keeps every sensitive direction still.
         rank: most directions.
-        every: steps between two projections; more than one is for large spaces, where each costs a forward pass, and
-            backward passes besides where the update is held.
+        every: steps between two projections; more than one is for large spaces, where each costs two passes.
         refresh: steps between two measurements of the directions, at first.
         check: most steps between two measurements of held-out KL; 0 for none, and then for the ellipsoid alone: no
             surgery, pull-back or replay, as with a budget of 0.
@@ -114,11 +112,11 @@ class CurvatureBudget:
     def shape_gradient(self, model: Trainee) -> None:
         """Keep the task's gradient from raising KL; replay where it is called for.
 
-        Where directions are vectors, the weights before the update are kept, for `shape_update` to compare with.
+        The weights before the update are kept, for `shape_update` to compare with.
 
         Cost: a backward pass over `examples` examples; none at the anchor, where KL has no gradient.
         """
-        if "columns" in self.memory.tensors and "before" not in self.memory.tensors:
+        if "before" not in self.memory.tensors:
             self.memory.tensors["before"] = model.vector()
         if not self.check or self.budget_kl == 0 or model.step == 0:
             return
@@ -147,16 +145,11 @@ class CurvatureBudget:
         return kl / self.budget_kl if self.budget_kl > 0 else 0.0
 
     def shape_update(self, model: Trainee) -> None:
-        """Hold the update to the ellipsoid; measure directions and held-out KL when due.
-
-        In spaces too large for directions as vectors, coordinates are read off the log-likelihoods (a forward pass
-        over the safety examples), and no copy of the weights is kept for it.
-        """
+        """Hold the update to the ellipsoid; measure directions and held-out KL when due."""
         numbers = self.memory.numbers
-        before = self.memory.tensors.pop("before", None)
+        before = self.memory.tensors.pop("before")
         self._project(model, before)
-        if before is not None:
-            self._level(model, before)
+        self._level(model, before)
         last = model.step == model.steps  # a checkpoint may be saved before `finish`
         if self.check and (last or model.step >= numbers["next_check"]):
             self._control(model, 1.0 if last else CEILING)
@@ -194,7 +187,6 @@ class CurvatureBudget:
         else:
             turned = None
             tensors.pop("columns", None)
-            tensors.pop("before", None)
         tensors["coefficients"] = coefficients
         if self.steer and turned is not None:
             factor = 0.5 if turned > TURNED else 2.0 if turned < STILL else 1.0
@@ -226,15 +218,12 @@ class CurvatureBudget:
             return self.budget_kl
         return self.budget_kl * min(1.0, energy / kl)
 
-    def _project(self, model: Trainee, before: Tensor | None) -> None:
+    def _project(self, model: Trainee, before: Tensor) -> None:
         """Move the weights back so that the energy is allowed; the coordinates are kept up to date."""
         tensors = self.memory.tensors
         basis = self._basis(model)
         # a state that was read back is on the device of the weights
-        if before is None:
-            z = self._coordinates(model)
-        else:
-            z = tensors["z"].cpu() + basis.coordinates(model.moved(before)).double().cpu()
+        z = tensors["z"].cpu() + basis.coordinates(model.moved(before)).double().cpu()
         eigenvalues, allowed = tensors["eigenvalues"].cpu(), self.memory.numbers["allowed"]
         if float((eigenvalues * z.square()).sum()) / 2 > allowed:
             move, change = hold(basis, z, eigenvalues, model.preconditioner(), allowed)
