@@ -56,6 +56,7 @@ def table(record: dict[str, Any]) -> str:
             for prompts in ("held_out", "assessed")
         )
         + ".",
+        *_misses(record["cells"]),
         *_ceiling(record["cells"]),
         f"Collapses: {fell['happened']} happened, {fell['foretold']['hits']} foretold, {fell['dated']['hits']} dated "
         f"within a factor of two; {_hits(fell['false_alarms'])} false alarms.",
@@ -81,6 +82,30 @@ def _by_regime(record: dict[str, Any]) -> list[str]:
     ]
     missing = f" Asked in some regimes only, and so not comparable: {', '.join(partly)}." if partly else ""
     return [f"The table's ranks are means over regimes; {'; '.join(told)}.{missing}"]
+
+
+def _misses(cells: list[dict[str, Any]]) -> list[str]:
+    """Which way forecasts err on the assessed prompts, and how far next to their interval; not for older records."""
+    if not cells or any("same_prompts" not in cell["predicted"] for cell in cells):
+        return []
+    shares, ratios, whole = [], [], 0
+    for cell in cells:
+        told, seen = cell["predicted"], cell["measured"]["assessed"]
+        ratios.append(told["safety_kl"]["value"][-1] / seen["safety_kl"]["value"][-1])
+        step = told["horizon_steps"]
+        whole += step == told["steps"][-1]
+        if step in told["steps"] and step in seen["steps"]:
+            i, change = told["steps"].index(step), seen["margin_change"]["value"][seen["steps"].index(step)]
+            value, ends = told["margin_change"]["value"][i], told["same_prompts"]["margin_change"]
+            reach = ends["high"][i] - value if change > value else value - ends["low"][i]
+            shares.append(abs(change - value) / reach)
+    low = sum(ratio < 1 for ratio in ratios)
+    return [
+        f"On assessed prompts the margin's miss is {statistics.median(shares):.2f} of the interval's half-width in the "
+        f"median, {max(shares):.2f} at the most; the KL at the end is foretold too small in {low} of {len(ratios)} "
+        f"cells (median ratio {statistics.median(ratios):.2f}); the horizon is the whole run in {whole} of "
+        f"{len(cells)}."
+    ]
 
 
 def _ceiling(cells: list[dict[str, Any]]) -> list[str]:

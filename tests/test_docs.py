@@ -73,6 +73,24 @@ def benchmark(name):
     return module
 
 
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e2])
+def test_misses_of_forecasts_by_hand(scale):
+    """Two cells: a miss of half the reach upwards, of a fifth downwards; KL at half and at three times the measured."""
+
+    def cell(change, seen, low, high, kl, horizon):
+        curve = {"value": [0.0, scale * change], "low": [0.0, scale * low], "high": [0.0, scale * high]}
+        measured = {"steps": [0, 3, 9], "margin_change": {"value": [0.0, 7.0 * scale, seen * scale]},
+                    "safety_kl": {"value": [0.0, 1.0, scale]}}  # fmt: skip
+        told = {"steps": [3, 9], "horizon_steps": horizon, "margin_change": curve,
+                "same_prompts": {"margin_change": curve}, "safety_kl": {"value": [0.0, kl * scale]}}  # fmt: skip
+        return {"predicted": told, "measured": {"assessed": measured}}
+
+    cells = [cell(-1.0, -0.8, -2.0, -0.6, 0.5, 9), cell(2.0, 1.8, 1.0, 5.0, 3.0, 9)]
+    [said] = benchmark("validation")._misses(cells)
+    assert "0.35 of the interval's half-width in the median, 0.50 at the most" in said
+    assert "too small in 1 of 2 cells (median ratio 1.75); the horizon is the whole run in 2 of 2" in said
+
+
 def test_tables_of_validations_are_those_of_the_committed_records():
     made = benchmark("validation")
 
