@@ -111,10 +111,12 @@ def test_forecast_for_the_prompts_it_was_made_from(scatter: float) -> None:
     assert rates[1] > rates[0] + (0.0 if scatter < 1 else 0.07)
 
 
-def test_gap_between_paths_stretches_to_the_true_side() -> None:
-    """A path that is off by up to the gap is still covered at least as often as stated."""
-    gap = torch.full((TRIALS,), 0.7, dtype=torch.float64)
-    curve = combine(normal(TRIALS, 16, seed=3), 0.9, torch.zeros(TRIALS, dtype=torch.float64), gap)
-    for truth in (0.0, 0.3, 0.7):
-        assert covered(curve.low, curve.high, truth) >= 0.88
-    assert covered(curve.low, curve.high, -0.7) < 0.2
+@pytest.mark.parametrize("gap", [0.1, 0.7, 5.0])
+def test_an_error_of_the_path_is_held_as_often_as_the_gap_is(gap: float) -> None:
+    """Nine errors in ten are as large as the gap at most, and add to the scatter; one of half of it is held as well."""
+    none = torch.zeros(TRIALS, dtype=torch.float64)
+    curve = combine(normal(TRIALS, 16, seed=3), 0.9, none, none + gap)
+    wrong = normal(TRIALS, seed=4) * gap / 1.6449
+    assert 0.88 <= covered(curve.low - wrong, curve.high - wrong, 0.0) <= 0.92
+    assert covered(curve.low, curve.high, gap / 2) >= 0.88
+    assert covered(curve.low, curve.high, -gap / 2) >= 0.88

@@ -146,23 +146,23 @@ def test_jackknife_by_pseudo_values(scale: float) -> None:
     assert_close(high, math.sqrt(off(forms) + reach))
 
 
-def test_combine_adds_scatter_in_squares_and_the_gap_on_its_side() -> None:
+def test_combine_adds_scatter_rows_and_gap_in_squares() -> None:
     x = torch.stack([normal(3, 8), normal(3, 8)])
     low, high = mean_interval(x, 0.9)
     value = x.mean(-1)
     batch, gap = double(0.5, 0.2), double(0.3, -0.7)
     got = combine(x, 0.9, batch, gap)
     assert_close(got.value, value)
-    below, above = ((value - low) ** 2 + batch**2).sqrt(), ((high - value) ** 2 + batch**2).sqrt()
-    assert_close(got.high, value + above + double(0.3, 0.0))
-    assert_close(got.low, value - below - double(0.0, 0.7))
+    others = double(0.34, 0.53)
+    assert_close(got.high, value + ((high - value) ** 2 + others).sqrt())
+    assert_close(got.low, value - ((value - low) ** 2 + others).sqrt())
     assert bool(combine(x[:, :1], 0.9, batch, gap).low.isnan().all())
 
 
 def test_on_these_prompts_leaves_their_scatter_out() -> None:
-    got = on_these_prompts(double(1.0, 2.0), double(0.5, 0.25), double(0.3, -0.7))
-    assert_close(got.low, double(0.5, 1.05))
-    assert_close(got.high, double(1.8, 2.25))
+    got = on_these_prompts(double(1.0, 2.0), double(0.4, 1.2), double(0.3, -0.5))
+    assert_close(got.low, double(0.5, 0.7))
+    assert_close(got.high, double(1.5, 3.3))
 
 
 @dataclass(frozen=True)

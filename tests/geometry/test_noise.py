@@ -8,11 +8,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scipy import stats
 from torch import Tensor
 from torch.testing import assert_close
 
 from tiltmeter.geometry.clock import Clock
-from tiltmeter.geometry.noise import RowNoise, draw_variance, row_noise
+from tiltmeter.geometry.noise import MOSTLY_NOISE, Mixture, RowNoise, draw_variance, row_noise, straight_mixture
 
 
 def variances(rates: list[float], batch: int, values: Tensor) -> list[float]:
@@ -30,7 +31,7 @@ def test_one_epoch_by_listing_every_order(batch: int, scale: float) -> None:
     values = torch.tensor([0.3, -1.2, 2.0, 0.7, -0.4, 1.9], dtype=torch.float64)
     rates = [scale * r for r in (0.5, 1.0, 0.8, 0.6, 0.4, 0.2)[: 6 // batch]]
     clock = Clock(torch.tensor(rates, dtype=torch.float64))
-    row = float(values.var(correction=0))
+    row = float(values.var())
     expected = [v / row for v in variances(rates, batch, values)]
     assert_close(draw_variance(clock, batch, 6), torch.tensor(expected, dtype=torch.float64))
 
@@ -116,36 +117,79 @@ def test_momentum_multiplies_noise_as_it_multiplies_flow_time() -> None:
     assert_close(fast, 10 * plain)
 
 
-def test_a_sample_that_is_all_noise_leaves_the_runs_own_noise() -> None:
-    """With energy 40 and 1/m - 1/N = 0.05 nothing of the mean is left (1 - 2 < 0); V / a^2 = 0.01 of 40 is."""
+@pytest.mark.parametrize(("energy", "expected"), [(10.0, 0.5 + 0.1), (40.0, 0.1 + 18 * 0.01), (-3.0, 1.0)])
+def test_a_sample_that_is_all_noise_is_taken_to_have_some_mean(energy: float, expected: float) -> None:
+    """20 rows of endlessly many, V / a^2 = 0.01: an energy of 10 is half of the whole; 40 would be twice the whole, and
+    nine tenths are what it is taken for; one below zero is chance."""
+    assert MOSTLY_NOISE == 0.9
     drawn, covered = torch.tensor([0.0, 0.04], dtype=torch.float64), torch.tensor([0.0, 2.0], dtype=torch.float64)
-    noise = RowNoise(1.0, 1.0, 40.0, 12, 4, 0.05, drawn, covered)
-    assert_close(float(noise.energy_factor()[1]), 0.4)
-    milder = RowNoise(1.0, 1.0, 10.0, 12, 4, 0.05, drawn, covered)
-    assert_close(float(milder.energy_factor()[1]), 1 + 10 * (0.01 - 0.05))
+    noise = RowNoise(1.0, 1.0, energy, 12, 4, 0.05, drawn, covered, 0.0, straight_mixture(1, 20))
+    assert_close(float(noise.energy_factor()[1]), expected)
 
 
 @pytest.mark.parametrize("scale", [1e-2, 1.0, 1e2])
 def test_a_rehearsals_own_noise_by_hand(scale: float) -> None:
-    """One parameter, margin and KL of x: rows scatter by sigma around mu, so a path with a share W of noise ends at
-    a (mu + sigma sqrt(W) xi), the run at a (mu + sigma sqrt(V) xi) with its own V."""
+    """One parameter, margin and KL of x: rows scatter by sigma around mu, so a path whose rows have shares c ends at
+    a (mu + sigma sqrt(sum c^2) xi), the run at a (mu + sigma sqrt(V) xi) with its own V."""
     mu, sigma, m = 3.0 * scale, 5.0 * scale, 25
     whole = mu**2 + sigma**2 / m  # what the length of a sample's mean is, on the mean
     clock = Clock.constant(0.1, 8)
-    drawn, share = draw_variance(clock, 2, None), torch.linspace(0, 0.3, 9, dtype=torch.float64)
-    straight = RowNoise(sigma, 2 * mu * sigma / mu**2, sigma**2 / whole, 1000, 1000, 1 / m, drawn, clock.flow_time)
-    path = replace(straight, path=share)
+    drawn, part = draw_variance(clock, 2, None), torch.linspace(1, 0.2, 9, dtype=torch.float64)
+    kl = 2 * mu * sigma / mu**2, sigma**2 / whole
+    straight = RowNoise(sigma, *kl, 1000, 1000, 1 / m, drawn, clock.flow_time, 0.0, straight_mixture(8, m))
+    # the sample drives a part of the path, two other rows the rest of it
+    members = torch.zeros(2, m + 2, dtype=torch.float64)
+    members[0, :m], members[1, m:] = 1 / m, 0.5
+    path = replace(straight, path=Mixture(torch.stack([part, 1 - part], 1), members))
+    share = part**2 / m + (1 - part) ** 2 / 2
     luck = drawn[1:] / clock.flow_time[1:] ** 2
     expected = (mu**2 + sigma**2 * luck) / (mu**2 + sigma**2 * share[1:])
     assert_close(path.energy_factor()[1:], expected)
-    assert_close(straight.energy_factor(), replace(straight, path=torch.full_like(share, 1 / m)).energy_factor())
+    assert_close(straight.energy_factor()[1:], (mu**2 + sigma**2 * luck) / whole)
     normal = 1.645
     reach = normal * sigma * (drawn + clock.flow_time**2 * share).sqrt()
     assert_close(path.margin_reach(0.9), reach, rtol=2e-3, atol=0)
-    # two rehearsals part by both their noises, and the run's own luck has no part in that
-    margin, kl = path.apart(replace(straight, path=2 * share), 0.9)
-    assert_close(margin, normal * sigma * clock.flow_time * (3 * share).sqrt(), rtol=2e-3, atol=0)
-    root = normal * sigma / mu * (3 * share).sqrt()
-    assert_close(kl, (1 + root) ** 2 - 1, rtol=2e-3, atol=0)
-    unknown = replace(straight, margin=math.nan, speed=math.nan, path=share)
-    assert all(float(each.abs().max()) == 0 for each in unknown.apart(unknown, 0.9))
+    # two rehearsals part by the rows that they do not share, and the run's own luck has no part in that
+    swapped = members.clone()
+    swapped[1, m:] = torch.tensor([1.0, 0.0])
+    other = replace(path, path=Mixture(path.path.driven, swapped))
+    margin, share_apart = path.apart(other, 0.9)
+    both = 0.5**0.5 * (1 - part)
+    assert_close(margin, normal * sigma * clock.flow_time * both, rtol=2e-3, atol=1e-9 * scale)
+    root = normal * sigma / mu * both
+    assert_close(share_apart, (1 + root) ** 2 - 1, rtol=2e-3, atol=1e-9)
+    unknown = replace(path, margin=math.nan, speed=math.nan)
+    assert all(float(each.abs().max()) == 0 for each in unknown.apart(other, 0.9))
+
+
+@pytest.mark.parametrize("scale", [1e-2, 1.0, 1e2])
+def test_rows_without_replacement_by_listing_every_draw(scale: float) -> None:
+    """A rehearsal of two looks, of two rows and one, and a run through all five rows: every choice of rows."""
+    values = scale * torch.tensor([0.3, -1.2, 2.0, 0.7, -0.4], dtype=torch.float64)
+    clock = Clock.constant(0.5, 5)
+    driven, errors = torch.tensor([0.3, 0.7], dtype=torch.float64), []
+    for a, b, c in itertools.permutations(values.tolist(), 3):
+        errors.append(float(driven @ torch.tensor([(a + b) / 2, c], dtype=torch.float64)) - float(values.mean()))
+    members = torch.tensor([[0.5, 0.5, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    noise = row_noise(values, torch.eye(3), 1, clock, clock.flow_time, 1, 3, 5, Mixture(driven.expand(6, 2), members))
+    expected = clock.flow_time[-1] * torch.tensor(errors, dtype=torch.float64).square().mean().sqrt()
+    assert_close(noise.margin_reach(0.9)[-1], stats.t.ppf(0.95, 4) * expected)
+    # the KL as the square of the end: one run's is the mean's, what such a path has on the mean is larger
+    mean, variance = float(values.mean()), float(values.var())
+    length = mean**2 + variance * (1 / 3 - 1 / 5)
+    kl = replace(noise, energy=variance / length, sampled=1 / 3 - 1 / 5)
+    bare = mean**2 + float(torch.tensor(errors, dtype=torch.float64).square().mean())
+    assert_close(float(kl.energy_factor()[-1]) * bare, mean**2)
+    whole = Mixture(torch.ones(6, 1, dtype=torch.float64), torch.full((1, 5), 0.2, dtype=torch.float64))
+    assert float(replace(noise, path=whole).margin_reach(0.9)[-1]) < 1e-7 * scale  # all rows seen, and by the run too
+
+
+def test_shares_are_those_of_rows_not_of_looks() -> None:
+    """The same row in two looks counts once for both; paths of the same rows do not part."""
+    driven = torch.tensor([[0.25, 0.75]], dtype=torch.float64)
+    same = Mixture(driven, torch.tensor([[1.0, 0.0], [1.0, 0.0]], dtype=torch.float64))
+    assert_close(same.concentration(), torch.ones(1, dtype=torch.float64))
+    two = Mixture(driven, torch.eye(2, dtype=torch.float64))
+    assert_close(two.concentration(), torch.tensor([0.0625 + 0.5625], dtype=torch.float64))
+    assert_close(two.apart(same), torch.tensor([2 * 0.75**2], dtype=torch.float64))
+    assert float(two.apart(two)) == 0

@@ -151,9 +151,13 @@ def test_noise_of_the_looks_by_simulation(scale: float) -> None:
         noise = torch.randn(draws, generator=numbers, dtype=torch.float64) / rows[number] ** 0.5
         return slope(1.0 + noise)
 
-    share = path.noise_share(rows)
+    firsts = [sum(rows[:i]) for i in range(len(rows))]
+    members = [range(first, first + count) for first, count in zip(firsts, rows, strict=True)]
+    mixture = path.mixture(members, sum(rows))
+    assert_close(mixture.driven.sum(1), torch.ones(15, dtype=torch.float64))
+    assert mixture.driven[0].tolist() == [1, 0, 0, 0]
+    share = mixture.concentration()
     covered = Clock(rates).flow_time
-    assert float(share[0]) == 0
     for step, displacement in path.walk(seen, [1, 2, 5, 9, 14]):
         assert_close(float(displacement.var()), float(share[step] * covered[step] ** 2), rtol=0.03, atol=0)
 

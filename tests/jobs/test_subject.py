@@ -144,7 +144,10 @@ def test_more_directions_than_prompts_is_an_error_and_than_determined_a_reason(
 
 
 @pytest.mark.parametrize(
-    ("looks", "steps", "both"), [(16, 40, (8, 16)), (16, 6, (3, 6)), (5, 40, (2, 5)), (16, 1, (1, 1))]
+    ("looks", "steps", "both"),
+    [(16, 40, (8, 16)), (16, 17, (8, 16)), (16, 16, (16, 16)), (16, 6, (6, 6)), (5, 40, (2, 5)), (16, 1, (1, 1))],
 )
-def test_looks_are_no_more_than_steps_and_the_judge_has_half(looks: int, steps: int, both: tuple[int, int]) -> None:
+def test_looks_are_no_more_than_steps_and_the_judge_has_half_where_there_is_one(
+    looks: int, steps: int, both: tuple[int, int]
+) -> None:
     assert Options(looks=looks).both_looks(steps) == both

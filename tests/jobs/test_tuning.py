@@ -70,7 +70,11 @@ def test_looks_on_the_way_are_made_of_rows_that_the_sample_left_out(
     seen = {example.row for example in tuning.encoded.examples}
     assert not seen & {example.row for example in others}
     assert len({example.row for example in others}) == len(others)
+    assert tuning.distinct == 6 + len(others)
     for number in range(looks):
+        assert tuning.members(number) == tuple(
+            range(6 + number * tuning.rows_in_look, 6 + (number + 1) * tuning.rows_in_look)
+        )
         part = slice(number * tuning.rows_in_look, (number + 1) * tuning.rows_in_look)
         held = others[part]
         leaves = list(subject.loaded.model.parameters())
@@ -94,6 +98,13 @@ def test_where_there_are_no_further_rows_all_are_dealt_again(subject: Subject) -
     counts = [sum(example.row == row for example in others) for row in range(11)]
     assert len(others) == 30
     assert max(counts) - min(counts) == 1
+    tuning = prepare_tuning(subject, rows, Recipe(steps=40, batch_size=2), options)
+    assert tuning.distinct == 11
+    numbers = {example.row: i for i, example in enumerate(sample.examples)}
+    dealt = further_rows(subject.loaded, rows, Recipe(), options, sample, len(tuning.further_members))
+    for example, number in zip(dealt, tuning.further_members, strict=True):
+        assert numbers.setdefault(example.row, number) == number
+    assert sorted(numbers.values()) == list(range(11))
 
 
 def test_truncation_is_counted_and_the_shortest_limit_holds(subject: Subject) -> None:

@@ -33,8 +33,10 @@ class World:
     case: Case
 
 
-def world(scale: float = 1.0, metric: Adam | Sgd | None = None, noise: float = 0.0, steps: int = 20) -> World:
-    """A case; `scale` stretches the tuning gradient, `noise` is the luck of one run's batches."""
+def world(
+    scale: float = 1.0, metric: Adam | Sgd | None = None, noise: float = 0.0, steps: int = 20, doubt: float = 0.0
+) -> World:
+    """A case; `scale` stretches the gradient, `noise` is the luck of one run's batches, `doubt` the forecast's."""
     metric = metric or Sgd()
     generator = torch.Generator().manual_seed(3)
     slope = torch.randn(N, dtype=DOUBLE, generator=generator) * scale
@@ -75,6 +77,8 @@ def world(scale: float = 1.0, metric: Adam | Sgd | None = None, noise: float = 0
         2.5,
         torch.full((steps + 1,), noise, dtype=DOUBLE),
         torch.full((steps + 1,), noise, dtype=DOUBLE),
+        torch.full((steps + 1,), doubt, dtype=DOUBLE),
+        torch.full((steps + 1,), doubt, dtype=DOUBLE),
         dict.fromkeys(values, torch.ones(steps + 1, dtype=DOUBLE)),
     )
     sensitivity = Sensitivity(torch.ones(2, dtype=DOUBLE), torch.ones(2, dtype=DOUBLE), 2.0,

@@ -12,7 +12,6 @@ from torch.testing import assert_close
 
 from tiltmeter.geometry.metric import Adam, Sgd
 from tiltmeter.predictors.canary import (
-    PRIOR,
     canary_kl,
     canary_length,
     canary_margin,
@@ -183,12 +182,12 @@ def test_a_canary_without_noise_overrules_the_forecast_and_one_of_noise_alone_do
 
 
 def test_a_canary_is_weighed_by_inverse_squares() -> None:
-    w = world(noise=0.001)
+    w = world(noise=0.001, doubt=0.02)
     canary = replace(run_canary(w.case), margin=w.anchor - 0.5)
     case = replace(w.case, canary=canary)
     curves = {name: (w.anchor - v.margin).mean(-1) for name, v in w.case.measured.paths.items()}
     first, last = float(curves[REHEARSED][0]), float(curves[REHEARSED][-1])
-    prior = (PRIOR * abs(last) + abs(float(curves[FEWER][-1]) - last)) ** 2
+    prior = 0.02**2 + (float(curves[FEWER][-1]) - last) ** 2
     weight = prior / (prior + (0.001 * 20) ** 2)
     assert 0.05 < weight < 0.95
     assert_close(value("canary_margin", case), last + weight * (0.5 - first) * 20)
@@ -205,9 +204,10 @@ def test_a_canary_of_the_kl_works_on_its_root() -> None:
 
 
 def test_an_unknown_noise_gives_no_canary() -> None:
-    risk = canary_margin(world(noise=math.nan).case)
-    assert risk.value is None
-    assert "noise" in str(risk.reason)
+    for w in (world(noise=math.nan), world(doubt=math.nan)):
+        risk = canary_margin(w.case)
+        assert risk.value is None
+        assert "noise" in str(risk.reason)
     assert canary_length(world(noise=math.nan).case).value is not None
 
 

@@ -222,17 +222,20 @@ def horizon(steps: Sequence[int], parted: Tensor) -> int:
 def combine(per_prompt: Tensor, level: float, batch_reach: Tensor, gap: Tensor) -> Curve:
     """Mean over prompts with an interval for prompts, tuning batches and the choice of path together.
 
+    The three are independent, so their squares add up.
+
     Args:
         per_prompt: [s, m].
         level: of the interval.
         batch_reach: [s], half-width that comes from the tuning rows (`noise.RowNoise`).
-        gap: [s], signed difference other path - this path; the interval is stretched to that side.
+        gap: [s], what another path would change; its sign says nothing of where this path errs.
     """
     value = per_prompt.mean(-1)
     low, high = mean_interval(per_prompt, level)
-    below = ((value - low).square() + batch_reach.square()).sqrt() + (-gap).clamp_min(0)
-    above = ((high - value).square() + batch_reach.square()).sqrt() + gap.clamp_min(0)
-    return Curve(value, value - below, value + above)
+    others = batch_reach.square() + gap.square()
+    return Curve(
+        value, value - ((value - low).square() + others).sqrt(), value + ((high - value).square() + others).sqrt()
+    )
 
 
 def on_these_prompts(value: Tensor, batch_reach: Tensor, gap: Tensor) -> Curve:
@@ -240,7 +243,8 @@ def on_these_prompts(value: Tensor, batch_reach: Tensor, gap: Tensor) -> Curve:
 
     Other prompts answer differently, which `combine` allows for; arguments as there, `value` [s] the mean.
     """
-    return Curve(value, value - batch_reach - (-gap).clamp_min(0), value + batch_reach + gap.clamp_min(0))
+    reach = (batch_reach.square() + gap.square()).sqrt()
+    return Curve(value, value - reach, value + reach)
 
 
 def first_crossing(steps: Sequence[int], values: Tensor, budget: float, *, rising: bool) -> float | None:

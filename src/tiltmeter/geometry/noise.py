@@ -1,15 +1,16 @@
 """What a finite sample of rows and the luck of one run's batches do to a forecast.
 
-Two kinds of chance stand between a forecast and one run. The forecast knows the tuning gradient from m of N rows; the
-run draws its batches, without replacement within an epoch, from all N. Both move the end point by a sum of row
-gradients, so both follow from the scatter sigma_1 of one row: the change along any direction has variance
+Two kinds of chance stand between a forecast and one run. The forecast knows the tuning gradient from some of N rows;
+the run draws its batches, without replacement within an epoch, from all N. Both move the end point by a sum of row
+gradients c_r g_r, whose weights add up to the flow time a_k covered, so both follow from the scatter sigma_1 of one row
+about the mean of all N: drawn without replacement, such a sum has along any direction the variance
 
-    sigma_1^2 (V_k + a_k^2 (1/m - 1/N))
+    sigma_1^2 (sum c_r^2 - a_k^2 / N)
 
-with a_k the flow time covered and V_k from `draw_variance`. The same noise has energy of its own in the KL, which is
-convex: a path along a noisy mean is too long by half of a_k^2 (1/m - 1/N) tr(F Sigma_1), and the run's own noise adds
-half of V_k tr(F Sigma_1). A rehearsed path has the noise of its own looks: a share W_k of a_k^2 in the place of 1/m -
-1/N.
+which is zero when every row counts alike. For the run it is V_k of `draw_variance`; for a path that follows the mean of
+m rows a_k^2 (1/m - 1/N); a rehearsed path's rows count as much as the looks that they were in have driven (`Mixture`).
+The same noise has energy of its own in the KL, which is convex: it makes a path's KL too large by half of that
+variance, with tr(F Sigma_1) in the place of sigma_1^2, and the run's own noise adds its half as well.
 """
 
 from __future__ import annotations
@@ -23,17 +24,22 @@ from torch import Tensor
 
 from tiltmeter.geometry.clock import Clock
 
+#: Largest share of a sample mean's energy that is put down to the scatter of its rows.
+MOSTLY_NOISE = 0.9
+
 
 def draw_variance(clock: Clock, batch: int, rows: int | None) -> Tensor:
-    """Variance V_k of sum_i eta_i (batch mean of step i) after 0, 1, ... steps, for rows of variance 1, [steps + 1].
+    """Variance V_k of sum_i eta_i (batch mean of step i) after 0, 1, ... steps, [steps + 1].
+
+    For rows of variance 1, with N - 1 in its denominator, as a sample's is estimated.
 
     Args:
         clock: learning rates eta_i.
         batch: rows in a step.
         rows: rows N of the whole set, drawn without replacement in every epoch; None for an endless stream.
 
-    Source: two batches of an epoch are correlated by -1/(N - 1) per pair of rows, so an epoch's steps contribute
-        N/(N - 1) (sum eta^2 / b - (sum eta)^2 / N), which is zero for a whole epoch at a constant rate.
+    Source: two rows of an epoch have covariance -1/N, so an epoch's steps contribute sum eta^2 / b - (sum eta)^2 / N,
+        which is zero for a whole epoch at a constant rate (Cochran 1977, Sampling Techniques, ch. 2).
     """
     rates = clock.rates
     if rows is None:
@@ -45,9 +51,41 @@ def draw_variance(clock: Clock, batch: int, rows: int | None) -> Tensor:
     for start in range(0, clock.steps, per_epoch):
         part = rates[start : start + per_epoch]
         spent = part.square().cumsum(0) / min(batch, rows) - part.cumsum(0).square() / rows
-        out += (done + rows / (rows - 1) * spent.clamp_min(0)).tolist()
+        out += (done + spent.clamp_min(0)).tolist()
         done = out[-1]
     return torch.tensor(out, dtype=torch.float64)
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Which rows a path is made of.
+
+    Attributes:
+        driven: [steps + 1, L], share of the flow time so far that each look has driven; lines add up to 1.
+        members: [L, R], share that each row of the set has in a look's gradient; lines add up to 1. Rows that are in no
+            look may be left out, alike in mixtures that are compared.
+    """
+
+    driven: Tensor
+    members: Tensor
+
+    def concentration(self) -> Tensor:
+        """Sum over rows of (share in the path)^2, [steps + 1]: 1/m where m rows count alike."""
+        return self._product(self)
+
+    def apart(self, other: Mixture) -> Tensor:
+        """Sum over rows of (difference of the shares in two paths)^2, [steps + 1]."""
+        return (self._product(self) - 2 * self._product(other) + other._product(other)).clamp_min(0)
+
+    def _product(self, other: Mixture) -> Tensor:
+        """Over looks, not rows: a run may have a hundred thousand steps."""
+        return ((self.driven @ (self.members @ other.members.T)) * other.driven).sum(1)
+
+
+def straight_mixture(steps: int, sample: int) -> Mixture:
+    """Of a path that follows the mean of a sample of rows all along."""
+    once = torch.ones(steps + 1, 1, dtype=torch.float64)
+    return Mixture(once, torch.full((1, sample), 1 / sample, dtype=torch.float64))
 
 
 @dataclass(frozen=True)
@@ -63,7 +101,8 @@ class RowNoise:
         sampled: 1/m - 1/N, variance of the sample's mean for rows of variance 1.
         drawn: [steps + 1], V_k.
         covered: [steps + 1], a_k.
-        path: [steps + 1], W_k, the noise that the path itself carries; None for a straight one, which has `sampled`.
+        every: 1/N, zero for an endless stream.
+        path: which rows the path is made of.
     """
 
     margin: float
@@ -74,11 +113,23 @@ class RowNoise:
     sampled: float
     drawn: Tensor
     covered: Tensor
-    path: Tensor | None = None
+    every: float
+    path: Mixture
+
+    def margin_scatter(self) -> Tensor:
+        """Standard deviation of (forecast - one run) of the mean margin after 0, 1, ... steps, nats, [steps + 1]."""
+        return self.margin * (self.drawn + self.covered.square() * self._carried()).sqrt()
 
     def margin_reach(self, level: float) -> Tensor:
         """Half-width of the mean margin after 0, 1, ... steps, nats, [steps + 1]."""
-        return quantile(level, self.rows) * self.margin * (self.drawn + self.covered.square() * self._carried()).sqrt()
+        return quantile(level, self.rows) * self.margin_scatter()
+
+    def path_scatter(self) -> tuple[Tensor, Tensor]:
+        """Standard deviation of the path about that of all rows: mean margin, nats; root of the KL, as a share.
+
+        [steps + 1] each; the luck of one run has no part in it.
+        """
+        return self.margin * self.covered * self._carried().sqrt(), self.speed / 2 * self._carried().sqrt()
 
     def relative_reach(self, level: float) -> Tensor:
         """Half-width of the KL after 0, 1, ... steps as a share of it, [steps + 1]; zero where nothing is covered.
@@ -96,12 +147,12 @@ class RowNoise:
         """How far two rehearsals of other rows may part by the noise of these rows alone, [steps + 1] each.
 
         Args:
-            other: of the other rehearsal; what both share of their first look is counted twice.
+            other: of the other rehearsal, of the same set.
             level: of the interval that such a difference stays in.
 
         Returns: for the mean margin, nats; for the KL, as a share of it. Zero where the scatter is unknown.
         """
-        both = (self._carried() + other._carried()).sqrt()
+        both = self.path.apart(other.path).sqrt()
         margin = quantile(level, self.rows) * self.margin * self.covered * both
         linear = quantile(level, self.groups) * self.speed * both
         return margin.nan_to_num(0.0), (linear + linear.square() / 4).nan_to_num(0.0)
@@ -109,18 +160,20 @@ class RowNoise:
     def energy_factor(self) -> Tensor:
         """What the KL along the path is multiplied by to have one run's expected KL, [steps + 1].
 
-        Where the sample's own noise explains the whole length of its mean, no energy of the true mean is left, but that
-        of the run's own batches is: a KL of zero is never foretold for a run that moves.
+        Both share the energy of the true mean, and each has that of its own noise. Where the sample's noise would
+        explain more than `MOSTLY_NOISE` of the length of its mean, it is taken to explain so much: a run follows some
+        mean.
         """
         if math.isnan(self.energy):
             return torch.ones_like(self.covered)
-        mean = max(0.0, 1 - self.energy * self.sampled)
-        had = 1.0 if self.path is None else (mean + self.energy * self.path).clamp_min(1e-300)
-        return ((mean + self.energy * self._drawn_share()) / had).clamp_min(0)
+        energy = max(0.0, self.energy)  # below zero by chance where groups scatter little
+        energy = min(energy, MOSTLY_NOISE / self.sampled) if self.sampled else energy
+        mean = 1 - energy * self.sampled
+        return (mean + energy * self._drawn_share()) / (mean + energy * self._carried())
 
     def _carried(self) -> Tensor:
-        """Variance of the path's own noise over a_k^2, [steps + 1]."""
-        return torch.full_like(self.covered, self.sampled) if self.path is None else self.path
+        """Variance of the path's own noise over a_k^2, for rows of variance 1, [steps + 1]."""
+        return (self.path.concentration() - self.every).clamp_min(0)
 
     def _drawn_share(self) -> Tensor:
         """V_k / a_k^2, [steps + 1]; 0 at the start."""
@@ -141,6 +194,7 @@ def row_noise(
     batch: int,
     sample: int,
     rows: int | None,
+    path: Mixture | None = None,
 ) -> RowNoise:
     """Noise of rows from what each adds to the margin's slope and from the KL of a few groups' directions.
 
@@ -153,6 +207,7 @@ def row_noise(
         batch: rows of a step of the run.
         sample: rows m the groups were made of.
         rows: rows N the run draws from; None if it draws from an endless stream.
+        path: which rows the path is made of; None for a straight one, along the mean of the sample.
 
     The plain mean direction is the one the path follows, so its own form is the scale.
     """
@@ -162,9 +217,11 @@ def row_noise(
     plain = clock.flow_time
     gain = torch.where(plain > 0, covered / plain.clamp_min(1e-300), 1.0)
     drawn = draw_variance(clock, batch, rows) * gain.square()
-    sampled = max(0.0, 1 / sample - (1 / rows if rows else 0.0))
+    every = 1 / rows if rows else 0.0
+    sampled = max(0.0, 1 / sample - every)
+    path = straight_mixture(clock.steps, sample) if path is None else path
     if j < 2:
-        return RowNoise(margin, math.nan, math.nan, known, j, sampled, drawn, covered)
+        return RowNoise(margin, math.nan, math.nan, known, j, sampled, drawn, covered, every, path)
     whole = float(forms.mean())
     inside = float(torch.diagonal(forms).mean())
     between = (float(forms.sum()) - inside * j) / (j * (j - 1))
@@ -172,7 +229,7 @@ def row_noise(
     # (J - 2)/(J - 1)
     along = (forms.sum(1) - torch.diagonal(forms)) / max(j - 2, 1)
     if not whole > 0:
-        return RowNoise(margin, math.nan, math.nan, known, j, sampled, drawn, covered)
+        return RowNoise(margin, math.nan, math.nan, known, j, sampled, drawn, covered, every, path)
     return RowNoise(
         margin,
         2 * float(along.double().std()) * math.sqrt(per_group) / whole if j > 2 else math.nan,
@@ -182,4 +239,6 @@ def row_noise(
         sampled,
         drawn,
         covered,
+        every,
+        path,
     )

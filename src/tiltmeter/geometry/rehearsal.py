@@ -19,6 +19,7 @@ from tiltmeter.geometry.clock import Clock
 from tiltmeter.geometry.metric import Metric
 from tiltmeter.geometry.moments import moments_of
 from tiltmeter.geometry.motion import Slope, narrow
+from tiltmeter.geometry.noise import Mixture
 
 
 class Look(Protocol):
@@ -46,7 +47,7 @@ class Rehearsal:
 
     Error: against gradient descent, eta^2 c (c - 1) / 2 H g from the c steps of the first stretch, and third order in
         flow time. Under Adam also what its first moment lags behind within a stretch. With few rows in a look, their
-        noise: `noise_share`.
+        noise: `mixture`.
     """
 
     metric: Metric
@@ -100,17 +101,24 @@ class Rehearsal:
                 if step in at:
                     yield step, displacement
 
-    def noise_share(self, rows: Sequence[int]) -> Tensor:
-        """Variance that the rows' noise gives the path, over that of one row carried as far, [steps + 1].
+    def driven(self) -> Tensor:
+        """Share of the flow time so far that each look has driven, [steps + 1, L]; before any, it is the first's."""
+        covered = self.metric.flow_time(self.clock)
+        parts = [covered.clamp(covered[begin], covered[end]) - covered[begin] for begin, end in self.stretches()]
+        out = torch.stack(parts, 1)
+        first = torch.zeros_like(out)
+        first[:, 0] = 1.0
+        moved = covered[:, None] > 0
+        return torch.where(moved, out / covered[:, None].clamp_min(1e-300), first)
+
+    def mixture(self, members: Sequence[Sequence[int]], rows: int) -> Mixture:
+        """Which rows the path is made of.
 
         Args:
-            rows: how many were in each look.
-
-        Looks are taken to be independent: sum of (share of the flow time)^2 / rows.
+            members: for every look the numbers of the rows in it; a row that is there twice counts twice.
+            rows: how many there are.
         """
-        covered = self.metric.flow_time(self.clock)
-        out = torch.zeros_like(covered)
-        for (begin, end), count in zip(self.stretches(), rows, strict=True):
-            driven = covered.clamp(covered[begin], covered[end]) - covered[begin]
-            out += driven.square() / count
-        return torch.where(covered > 0, out / covered.square().clamp_min(1e-300), 0.0)
+        shares = torch.zeros(len(members), rows, dtype=torch.float64)
+        for share, each in zip(shares, members, strict=True):
+            share.index_add_(0, torch.tensor(each), torch.full((len(each),), 1 / len(each), dtype=torch.float64))
+        return Mixture(self.driven(), shares)

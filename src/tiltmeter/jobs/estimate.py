@@ -63,7 +63,7 @@ def plan(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options) -> 
     points = len(grid) * (1 + bool(krylov) + options.curved) + 1
     gradients = (1 + options.curved) * rows
     fewer, most = options.both_looks(recipe.steps)
-    for looks, before in ((fewer, most - 1), (most, 0)):
+    for looks, before in (((fewer, most - 1),) if fewer < most else ()) + ((most, 0),):
         stretches = Rehearsal(recipe.metric, clock, looks).stretches()
         later = sum(step > stretches[0][1] for step in grid)
         points += later

@@ -21,7 +21,7 @@ from tiltmeter.geometry.motion import (
     measure_krylov,
     narrow,
 )
-from tiltmeter.geometry.noise import RowNoise, row_noise
+from tiltmeter.geometry.noise import Mixture, RowNoise, row_noise
 from tiltmeter.geometry.path import CurvedPath, KrylovPath, LinearPath, pieces
 from tiltmeter.geometry.rehearsal import Rehearsal
 from tiltmeter.geometry.space import dot, norm
@@ -34,6 +34,19 @@ from tiltmeter.lm.memory import release
 SINGLE = "a single tuning batch cannot tell curvature from noise; raise --max-tuning or lower the batch size"
 
 NOT_ASKED = "left out (--no-coupling)"
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A rehearsal with fewer looks at the gradient.
+
+    Attributes:
+        values: margin and KL along it.
+        noise: what its rows and the luck of one run's batches do to them.
+    """
+
+    values: PathValues
+    noise: RowNoise
 
 
 @dataclass(frozen=True)
@@ -53,13 +66,12 @@ class Findings:
         random_overlap: overlap of a random direction of the gradient's norm.
         ritz: Ritz values of the task Hessian, if a Krylov space was built.
         values: path name -> quantities at `steps`.
-        check: a rehearsal with half as many looks at the gradient.
+        check: a rehearsal with half as many looks at the gradient; None where every step has a look of its own.
         look_rows: tuning rows in each look of the reported rehearsal; the whole sample in the first.
         random_walk: KL [m] and margin [m] after a random displacement as long as the forecast's.
         length: norm of the forecast displacement at the end.
         noise: what the finite tuning sample and the luck of one run's batches do to margin and KL, on a straight path.
         rehearsed: the same on the rehearsal.
-        checked: the same on the one with half as many looks.
         layer_slopes: layer -> change of the mean margin per flow time, nats.
     """
 
@@ -75,13 +87,12 @@ class Findings:
     random_overlap: float
     ritz: Tensor | None
     values: dict[str, PathValues]
-    check: PathValues
+    check: Judge | None
     look_rows: tuple[int, ...]
     random_walk: tuple[Tensor, Tensor]
     length: float
     noise: RowNoise
     rehearsed: RowNoise
-    checked: RowNoise
     layer_slopes: dict[str, float]
 
 
@@ -139,14 +150,16 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
     # what drives both first stretches waits in three digits: in a look memory is fullest
     slope = replace(slope, mean=narrow(slope.mean))
     linear = replace(linear, slope=slope)
-    report("rehearsal with few looks")
     fewer, all_looks = options.both_looks(recipe.steps)
-    few = _rehearse(subject, tuning, linear, fewer, all_looks - 1, recipe, values["linear"])
-    check, checked = few.values, few.noise
-    del few  # its end is as large as the model
+    check = None
+    if fewer < all_looks:
+        report("rehearsal with few looks")
+        few = _rehearse(subject, tuning, linear, fewer, all_looks - 1, recipe, values["linear"])
+        check = few.values, few.mixture
+        del few  # its end is as large as the model
     report("rehearsal")
     most = _rehearse(subject, tuning, linear, all_looks, 0, recipe, values["linear"])
-    values["rehearsed"], look_rows, path_noise = most.values, most.rows, most.noise
+    values["rehearsed"], look_rows, mixture = most.values, most.rows, most.mixture
     length, sample = norm(most.end), len(tuning.encoded.examples)
     layer_slopes = _layer_slopes(subject, most.end, float(covered[-1]))
     walk = random_direction(most.end, length, options.seed)
@@ -166,13 +179,12 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
         random_overlap,
         ritz,
         values,
-        check,
+        None if check is None else Judge(check[0], replace(noise, path=check[1])),
         look_rows,
         subject.standing(walk),
         length,
         noise,
-        replace(noise, path=path_noise),
-        replace(noise, path=checked),
+        replace(noise, path=mixture),
         layer_slopes,
     )
 
@@ -205,13 +217,13 @@ class _Rehearsed:
     Attributes:
         values: KL and margin along it.
         rows: tuning rows in each look.
-        noise: share of noise in its path, as `Rehearsal.noise_share`.
+        mixture: which rows its path is made of.
         end: its last displacement [n].
     """
 
     values: PathValues
     rows: tuple[int, ...]
-    noise: Tensor
+    mixture: Mixture
     end: Tensor
 
 
@@ -240,10 +252,11 @@ def _rehearse(
     """
     path = Rehearsal(linear.metric, linear.clock, looks, linear.decayed)
     stretches = path.stretches()
-    rows = (len(tuning.encoded.examples), *[tuning.rows_in_look] * (len(stretches) - 1))
+    members = [range(len(tuning.encoded.examples)), *(tuning.members(before + i) for i in range(len(stretches) - 1))]
+    rows, mixture = tuple(map(len, members)), path.mixture(members, tuning.distinct)
     later = [step for step in straight.steps if step > stretches[0][1]]
     if not later:  # the anchor's gradient drives it all
-        return _Rehearsed(straight, rows, path.noise_share(rows), linear.displacement(linear.clock.steps))
+        return _Rehearsed(straight, rows, mixture, linear.displacement(linear.clock.steps))
 
     def look(number: int, displacement: Tensor | None) -> Slope:
         if number == 0:
@@ -251,7 +264,7 @@ def _rehearse(
         return tuning.look(before + number - 1, recipe.max_grad_norm or None, displacement)
 
     values, end = read_along(path.walk(look, later), subject.standing)
-    return _Rehearsed(joined(straight, values), rows, path.noise_share(rows), end)
+    return _Rehearsed(joined(straight, values), rows, mixture, end)
 
 
 def _preconditioned(metric: Adam | Sgd, slope: Slope, vector: Tensor) -> Tensor:

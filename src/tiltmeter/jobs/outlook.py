@@ -92,14 +92,14 @@ class Looks:
 
     Attributes:
         main: the reported one.
-        check: the one with fewer looks.
+        check: the one with fewer looks; None where every step has a look of its own, and no more could be had.
         anchor: margins of the aligned model [m].
         margin_noise: how far the mean margins may part by the noise of the rows alone, nats [s].
         kl_noise: how far the mean KLs may, nats per token [s].
     """
 
     main: PathValues
-    check: PathValues
+    check: PathValues | None
     anchor: Tensor
     margin_noise: Tensor
     kl_noise: Tensor
@@ -111,6 +111,8 @@ class Looks:
         the shorter one both are the straight path, and agree; how far they are off there is a part of what they are off
         at the first step that tells.
         """
+        if self.check is None:
+            return self.main.steps[-1], "every step to the end of the recipe is rehearsed"
         changes = [(each.margin - self.anchor).mean(-1) for each in (self.check, self.main)]
         apart = part_ways(changes[0], changes[1], self.margin_noise.clamp_min(MARGIN_FLOOR))
         apart |= part_ways(
@@ -122,30 +124,32 @@ class Looks:
         return last, "beyond it half as many looks at the gradient give another forecast"
 
     def gap(self, read: Callable[[PathValues], Tensor]) -> Tensor:
-        """How far a curve [s] would move with more looks: as far again as from half of them to all.
+        """How far a curve [s] may be off for want of looks: as far as from half of them to all.
 
         Args:
             read: a curve of a path.
         """
-        return read(self.main) - read(self.check)
+        here = read(self.main)
+        return torch.zeros_like(here) if self.check is None else here - read(self.check)
 
 
 def look_out(subject: Subject, found: Findings, options: Options) -> Outlook:
     """Make the forecast."""
-    main, straight = found.values[HEADLINE], found.values["linear"]
+    main = found.values[HEADLINE]
     anchor = subject.anchor_margin.double()
     at = list(main.steps)
     change = main.margin - anchor
-    straight_change = (straight.margin - anchor).mean(-1)
-    margin_apart, share_apart = (each[at] for each in found.rehearsed.apart(found.checked, options.level))
-    margin_apart = carried(margin_apart, straight_change, change.mean(-1))
-    looks = Looks(main, found.check, anchor, margin_apart, share_apart * main.safety_kl.mean(-1))
+    judge = found.check
+    apart = found.rehearsed.apart(found.rehearsed if judge is None else judge.noise, options.level)
+    margin_apart, share_apart = (each[at] for each in apart)
+    checked = None if judge is None else judge.values
+    looks = Looks(main, checked, anchor, margin_apart, share_apart * main.safety_kl.mean(-1))
     last, reason = looks.horizon()
     # one run's noise lengthens its path and the looks' noise has lengthened the rehearsed one: KL is convex
     factor = found.rehearsed.energy_factor()[at]
 
     def bent(path: PathValues) -> Tensor:
-        noise = found.rehearsed if path is main else found.checked
+        noise = found.rehearsed if path is main or judge is None else judge.noise
         return path.safety_kl.mean(-1) * noise.energy_factor()[at]
 
     kl_reach = bent(main) * found.rehearsed.relative_reach(options.level)[at]
@@ -158,7 +162,7 @@ def look_out(subject: Subject, found: Findings, options: Options) -> Outlook:
         for each in (kl, here)
     )
     gap = looks.gap(lambda path: path.margin.mean(-1))
-    margin_reach = carried(found.rehearsed.margin_reach(options.level)[at], straight_change, change.mean(-1))
+    margin_reach = found.rehearsed.margin_reach(options.level)[at]
     margin = combine(main.margin, options.level, margin_reach, gap)
     margin_change = combine(change, options.level, margin_reach, gap)
     same = {"safety_kl": here, "margin_change": on_these_prompts(margin_change.value, margin_reach, gap)}
@@ -182,21 +186,6 @@ def look_out(subject: Subject, found: Findings, options: Options) -> Outlook:
         kind,
         text,
     )
-
-
-def carried(reach: Tensor, straight: Tensor, curved: Tensor) -> Tensor:
-    """How far the noise of the tuning rows reaches on the rehearsed path [s].
-
-    It was measured as an uncertainty of the slope at the anchor. Where the network or the path bends, the change is
-    larger than the slope says, and what is uncertain about it grows by the same ratio; where the straight change is
-    itself no larger than its noise, by no more than the curved change.
-
-    Args:
-        reach: along the straight path.
-        straight: change along the straight path.
-        curved: along the curved one.
-    """
-    return reach * torch.nan_to_num((curved.abs() + reach) / (straight.abs() + reach), nan=1.0).clamp_min(1.0)
 
 
 def _refusal_rate(subject: Subject, looks: Looks, reach: Tensor, options: Options) -> Curve:

@@ -68,9 +68,12 @@ def measured_of(found: Findings) -> Measured:
     noise = found.noise
     share = torch.where(noise.covered > 0, noise.drawn / noise.covered.square().clamp_min(1e-300), 0.0)
     factors = {name: noise.energy_factor() for name in found.values}
-    factors |= {REHEARSED: found.rehearsed.energy_factor(), FEWER: found.checked.energy_factor()}
+    factors[REHEARSED] = found.rehearsed.energy_factor()
+    paths = dict(found.values)
+    if found.check is not None:
+        paths[FEWER], factors[FEWER] = found.check.values, found.check.noise.energy_factor()
     return Measured(
-        {**found.values, FEWER: found.check},
+        paths,
         found.overlap_groups,
         found.coupling,
         found.no_coupling,
@@ -80,8 +83,9 @@ def measured_of(found: Findings) -> Measured:
         found.random_walk[0],
         found.covered,
         sum(found.look_rows) / found.look_rows[0],
-        noise.margin * (noise.drawn + noise.covered.square() * noise.sampled).sqrt(),
+        noise.margin_scatter(),
         noise.speed / 2 * (share + noise.sampled).sqrt(),
+        *found.rehearsed.path_scatter(),
         factors,
     )
 

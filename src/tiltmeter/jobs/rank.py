@@ -16,7 +16,6 @@ from tiltmeter.jobs.assess import Assessment, check_options, examine_subject
 from tiltmeter.jobs.inputs import open_model, open_rows
 from tiltmeter.jobs.measure import Findings
 from tiltmeter.jobs.outlook import HEADLINE
-from tiltmeter.jobs.predict import measured_of
 from tiltmeter.jobs.provenance import provenance
 from tiltmeter.jobs.recipe import Recipe
 from tiltmeter.jobs.record import Reasons
@@ -56,14 +55,14 @@ class Chances:
     worst: Tensor
 
 
-def chances(change: Tensor, noise: Tensor, groups: Sequence[int], seed: int, draws: int = DRAWS) -> Chances:
+def chances(change: Tensor, noise: Tensor, known: Sequence[int], seed: int, draws: int = DRAWS) -> Chances:
     """Win probabilities of tuning sets.
 
     Args:
         change: predicted change of the margin, [k, m] for k sets and m prompts. A draw of prompts is the same for all
             sets: a prompt that moves far under one set mostly does so under the others.
         noise: [k], standard deviation of a set's mean change by the sample of rows and one run's batches.
-        groups: tuning groups that each noise is known from; Student's t with one degree fewer.
+        known: tuning rows that each noise is known from; Student's t with one degree fewer.
         seed: of the draws.
         draws: number of them.
     """
@@ -72,7 +71,7 @@ def chances(change: Tensor, noise: Tensor, groups: Sequence[int], seed: int, dra
     picks = torch.randint(m, (draws, m), generator=generator)
     means = change.double()[:, picks].mean(-1)
     for i in range(k):
-        freedom = max(groups[i] - 1, 1)
+        freedom = max(known[i] - 1, 1)
         normal = torch.randn(draws, generator=generator, dtype=torch.float64)
         square = torch.randn(draws, freedom, generator=generator, dtype=torch.float64).square().mean(-1)
         means[i] += noise[i] * normal / square.sqrt()
@@ -182,12 +181,12 @@ def _ranking(
     anchor = subject.anchor_margin.double()
     found = sorted(found, key=lambda pair: float(pair[1].values[HEADLINE].margin[-1].mean()))
     change = torch.stack([findings.values[HEADLINE].margin[-1] - anchor for _, findings in found])
-    noise = torch.stack([measured_of(findings).margin_noise[-1] for _, findings in found])
-    groups = [findings.noise.groups for _, findings in found]
+    noise = torch.stack([findings.rehearsed.margin_scatter()[-1] for _, findings in found])
+    known = [findings.rehearsed.rows for _, findings in found]
     for i, value in enumerate(noise.tolist()):
         if math.isnan(value):
-            why[f"sets.{i}.noise"] = "a single group of batches; chances are over prompts alone"
-    told = chances(change, noise.nan_to_num(0.0), groups, options.seed)
+            why[f"sets.{i}.noise"] = "a single tuning row; chances are over prompts alone"
+    told = chances(change, noise.nan_to_num(0.0), known, options.seed)
     entries = []
     for i, (result, _) in enumerate(found):
         held, path = result.record, f"sets.{i}"

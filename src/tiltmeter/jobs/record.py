@@ -279,6 +279,8 @@ def _forecast(subject: Subject, found: Findings, outlook: Outlook, why: Reasons)
             "inside_horizon": c.claimed,
             "unit": "optimiser steps",
         }
+    if found.check is None:
+        why["forecast.fewer_looks"] = "every step was rehearsed with a look of its own"
     if not crossings:
         why["forecast.steps_to_budget"] = "no budget was given"
     margin = _curve(outlook.margin, "nats", "forecast.margin", why, few)
@@ -309,9 +311,11 @@ def _forecast(subject: Subject, found: Findings, outlook: Outlook, why: Reasons)
             name: {"safety_kl": v.safety_kl.mean(-1).tolist(), "margin": v.margin.mean(-1).tolist()}
             for name, v in found.values.items()
         },
-        "fewer_looks": {
-            "safety_kl": found.check.safety_kl.mean(-1).tolist(),
-            "margin": found.check.margin.mean(-1).tolist(),
+        "fewer_looks": None
+        if found.check is None
+        else {
+            "safety_kl": found.check.values.safety_kl.mean(-1).tolist(),
+            "margin": found.check.values.margin.mean(-1).tolist(),
         },
         "horizon_steps": outlook.horizon_steps,
         "horizon_reason": outlook.horizon_reason,

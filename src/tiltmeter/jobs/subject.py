@@ -102,9 +102,13 @@ class Options:
     seed: int = 0
 
     def both_looks(self, steps: int) -> tuple[int, int]:
-        """Looks of the two rehearsals of a run of so many steps: fewer, and all; no more than there are steps."""
-        most = max(1, min(self.looks, steps))
-        return max(1, most // 2), most
+        """Looks of the two rehearsals of a run of so many steps: fewer, and all.
+
+        A run of no more steps than looks is rehearsed step by step, and there is nothing to judge: both are its steps.
+        """
+        if steps <= self.looks:
+            return steps, steps
+        return max(1, self.looks // 2), self.looks
 
 
 @dataclass(frozen=True)

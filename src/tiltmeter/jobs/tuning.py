@@ -37,6 +37,8 @@ class Tuning:
         spread_factor: turns the scatter of these batches into that of batches of the recipe's size.
         further: loss of further rows, for gradients on the way: what was fitted there should not be rows seen before.
         further_batches: their batches, likewise.
+        further_members: the number of each further row: that of the example of the sample that it is, or a new one; the
+            same row has the same number everywhere.
         per_look: how many of these batches each gradient on the way is made of: rows of a step of the recipe, or
             its part of `Options.rehearsal_rows` where the run takes as many until the next; and no more than the
             sample has.
@@ -50,6 +52,7 @@ class Tuning:
     spread_factor: float
     further: LanguageObjective | Sharded
     further_batches: Tensor
+    further_members: tuple[int, ...]
     per_look: int
 
     def slope(self, clip: float | None, displacement: Tensor | None, groups: int) -> Slope:
@@ -73,6 +76,15 @@ class Tuning:
     def rows_in_look(self) -> int:
         """Further rows of a look."""
         return self.per_look * self.further.m // max(1, len(self.further_batches))
+
+    @property
+    def distinct(self) -> int:
+        """Rows that are looked at, each counted once."""
+        return 1 + max(len(self.encoded.examples) - 1, *self.further_members)
+
+    def members(self, number: int) -> tuple[int, ...]:
+        """Numbers of the rows in a look."""
+        return self.further_members[number * self.rows_in_look : (number + 1) * self.rows_in_look]
 
     def look_work(self, number: int) -> int:
         """Tokens of a look; where several processes share the micro-batches, about so many."""
@@ -149,7 +161,8 @@ def prepare_tuning(subject: Subject, rows: RowSet, recipe: Recipe, options: Opti
     stretch = math.ceil(recipe.steps / most) * recipe.batch_size  # rows that the run itself takes meanwhile
     least = min(math.ceil(options.rehearsal_rows / most), stretch)
     per_look = min(len(members), math.ceil(max(recipe.batch_size, least) / size))
-    others = further_rows(subject.loaded, rows, recipe, options, encoded, per_look * (fewer + most - 2) * size)
+    count = most - 1 + (fewer - 1 if fewer < most else 0)  # looks on the way
+    others = further_rows(subject.loaded, rows, recipe, options, encoded, per_look * count * size)
     held = [list(range(start, start + size)) for start in range(0, len(others), size)]
     further, further_batches = _in_batches(subject, others, held)
     return Tuning(
@@ -161,8 +174,15 @@ def prepare_tuning(subject: Subject, rows: RowSet, recipe: Recipe, options: Opti
         (size / recipe.batch_size) ** 0.5,
         shared_objective(further),
         further_batches,
+        tuple(_numbers(encoded.examples, others)),
         per_look,
     )
+
+
+def _numbers(sample: Sequence[Example], others: Sequence[Example]) -> list[int]:
+    """Numbers of further examples, by the row that they are; the sample's are their places in it."""
+    known = {example.row: number for number, example in enumerate(sample)}
+    return [known.setdefault(example.row, len(known)) for example in others]
 
 
 def further_rows(

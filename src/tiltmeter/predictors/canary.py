@@ -1,9 +1,9 @@
 """A canary: a few percent of the steps really run, and the forecast as prior for the rest.
 
-The canary's mean slope of the margin and the forecast's are two estimates of one number. The forecast's error is taken
-as a fifth of it plus what half of its looks at the gradient change; the canary's is the luck of its few
-batches, carried to the end of the recipe. They are weighed by their inverse squares, and the change of slope is added
-to the forecast for the whole recipe. The KL is treated by its root, which grows like the path.
+The canary's mean slope of the margin and the forecast's are two estimates of one number. The forecast's variance is
+that of the rows it was made from and the square of what half of its looks at the gradient change; the canary's is the
+luck of its few batches, carried to the end of the recipe. They are weighed by their inverse squares, and the change of
+slope is added to the forecast for the whole recipe. The KL is treated by its root, which grows like the path.
 
 Source: this project; the conjugate normal update.
 """
@@ -18,9 +18,6 @@ from torch import Tensor
 from tiltmeter.geometry.metric import Adam, Sgd
 from tiltmeter.geometry.space import norm
 from tiltmeter.predictors.contract import CANARY_SHARE, FEWER, REHEARSED, Canary, Case, Risk, Trend, known, passes
-
-#: Relative error of the forecast's slope.
-PRIOR = 0.2
 
 
 def canary_steps(case: Case) -> int:
@@ -76,7 +73,8 @@ def canary_margin(case: Case) -> Risk:
     canary = run_canary(case)
     seen = float(anchor - canary.margin.mean())
     noise = float(case.measured.margin_noise[canary.steps])
-    return _blend(case, drops, seen, noise, canary.steps, "nats", price, root=False)
+    doubt = float(case.measured.margin_doubt[-1])
+    return _blend(case, drops, seen, noise, doubt, canary.steps, "nats", price, root=False)
 
 
 def canary_kl(case: Case) -> Risk:
@@ -90,7 +88,8 @@ def canary_kl(case: Case) -> Risk:
     canary = run_canary(case)
     seen = math.sqrt(max(0.0, float(canary.kl.mean())))
     noise = float(case.measured.kl_noise[canary.steps]) * seen
-    return _blend(case, roots, seen, noise, canary.steps, "nats per token", price, root=True)
+    doubt = float(case.measured.kl_doubt[-1]) * float(roots[REHEARSED][-1]) if REHEARSED in roots else math.nan
+    return _blend(case, roots, seen, noise, doubt, canary.steps, "nats per token", price, root=True)
 
 
 def canary_length(case: Case) -> Risk:
@@ -104,6 +103,7 @@ def _blend(
     curves: dict[str, Tensor],
     seen: float,
     noise: float,
+    doubt: float,
     step: int,
     unit: str,
     price: float,
@@ -118,13 +118,12 @@ def _blend(
     reached = float(covered[step])
     if not reached > 0:
         return Risk(None, unit, price, reason="the canary's steps have a learning rate of zero")
-    if math.isnan(noise):
+    if math.isnan(noise) or math.isnan(doubt):
         return Risk(None, unit, price, reason="the noise of the canary's batches is not known")
     told = _between(steps, main, covered, step)
     stretch = float(covered[steps[-1]]) / reached
-    other = next((curves[name] for name in (FEWER, "linear") if name in curves), None)
-    gap = 0.0 if other is None else float((other[-1] - main[-1]).abs())
-    prior, heard = (PRIOR * abs(float(main[-1])) + gap) ** 2, (noise * stretch) ** 2
+    gap = float(curves[FEWER][-1] - main[-1]) if FEWER in curves else 0.0
+    prior, heard = doubt**2 + gap**2, (noise * stretch) ** 2
     weight = prior / (prior + heard) if prior + heard > 0 else 0.0
     change = weight * (seen - told) / reached
     out = main + change * covered[list(steps)]

@@ -68,6 +68,8 @@ class Measured:
         rehearsal_passes: gradients of the reported rehearsal, in gradients of the whole sample.
         margin_noise: standard deviation of the mean margin by the luck of one run's batches, nats, [steps + 1].
         kl_noise: standard deviation of the KL's root as a share of it, [steps + 1].
+        margin_doubt: standard deviation of the rehearsal itself by the rows it was made from, nats, [steps + 1].
+        kl_doubt: the same of the KL's root as a share of it, [steps + 1].
         kl_factor: path name -> what its KL is multiplied by for one run's noise, [steps + 1].
     """
 
@@ -83,6 +85,8 @@ class Measured:
     rehearsal_passes: float
     margin_noise: Tensor
     kl_noise: Tensor
+    margin_doubt: Tensor
+    kl_doubt: Tensor
     kl_factor: Mapping[str, Tensor]
 
 
