@@ -58,10 +58,10 @@ def guarded_run(folder: Path, **more: Any) -> dict[str, Any]:
     return finetune(*NAMES, RUN, folder, options=TRACKER, guard=GUARD, device="cpu", dtype="float64", **more).record
 
 
-def full_run(folder: Path) -> dict[str, Any]:
-    """Full fine-tuning without a guard; the rate is small, because all weights move."""
-    recipe = replace(RUN, lora=None, learning_rate=2e-3)
-    return finetune(*NAMES, recipe, folder, options=TRACKER, device="cpu", dtype="float64").record
+def full_run(folder: Path, **more: Any) -> dict[str, Any]:
+    """Full fine-tuning without a guard; the rate is small, because all weights move, and falls."""
+    recipe = replace(RUN, lora=None, learning_rate=2e-3, schedule="linear")
+    return finetune(*NAMES, recipe, folder, options=TRACKER, device="cpu", dtype="float64", **more).record
 
 
 def work(folder: str) -> None:
@@ -94,22 +94,29 @@ def divide(folder: str) -> None:
     with pytest.raises(KeyboardInterrupt):
         guarded_run(cut, callbacks=[Cut()])
     resumed = guarded_run(cut, resume=True)
-    assert (run == {}) == (resumed == {}) == (full == {}) == (dist.get_rank() > 0)
-    begun = Path(folder) / "begun"
-    (begun / "track").mkdir(parents=True, exist_ok=True)
-    (begun / "track" / "rows.jsonl").touch()
+    with pytest.raises(KeyboardInterrupt):
+        full_run(Path(folder) / "cut-full", callbacks=[Cut()])
+    again = full_run(Path(folder) / "cut-full", resume=True)
+    assert (run == {}) == (resumed == {}) == (full == {}) == (again == {}) == (dist.get_rank() > 0)
     refused = []
     for job in (
         lambda: assess(*NAMES, replace(RECIPE, lora=None), OPTIONS, device="cpu"),
         lambda: finetune(*NAMES, replace(RECIPE, lora=None), Path(folder) / "full", guard=GUARD, device="cpu"),
-        lambda: finetune(*NAMES, replace(RECIPE, lora=None), begun, resume=True, device="cpu"),
         lambda: open_model("demo:aligned", device="cpu"),
     ):
         with pytest.raises(UnsupportedModel) as caught:
             job()
         refused.append(str(caught.value))
     share = here / sum(p.numel() for p in model.parameters())
-    made = {"told": told, "run": run, "resumed": resumed, "full": full, "share": share, "refused": refused}
+    made = {
+        "told": told,
+        "run": run,
+        "resumed": resumed,
+        "full": full,
+        "again": again,
+        "share": share,
+        "refused": refused,
+    }
     (Path(folder) / f"{dist.get_rank()}.json").write_text(json.dumps(made))
     dist.destroy_process_group()
 
@@ -257,6 +264,27 @@ def test_divided_weights_are_trained_as_whole_ones(forked: tuple[Path, dict[str,
     assert lengths[1][-1] == pytest.approx(length, rel=1e-9)
 
 
+def test_divided_weights_go_on_from_a_checkpoint(forked: tuple[Path, dict[str, list[Ended]]], tmp_path: Path) -> None:
+    """FSDP2, full fine-tuning: cut off at step 5 in every process, gone on with from the checkpoint of step 4."""
+    folder, done = forked
+    assert [process.returncode for process in done["divide"]] == [0, 0], done["divide"][0].stderr[-3000:]
+    told = json.loads((folder / "0.json").read_text())
+    compare({"run": told["again"]}, {"run": told["full"]})
+    models = [load_file(folder / name / "model" / "model.safetensors") for name in ("divided-full", "cut-full")]
+    assert models[0].keys() == models[1].keys()
+    for name, weight in models[0].items():
+        torch.testing.assert_close(weight, models[1][name], rtol=1e-12, atol=1e-12)
+    # what is kept is what the optimiser of a single process would have
+    held = load_file(folder / "cut-full" / "checkpoint-4" / "optimizer.safetensors")
+    trained = [name for name, _ in open_model("demo:tiny", device="cpu").loaded.model.named_parameters()]
+    assert {name.rsplit(":", 1)[0] for name in held} == set(trained)
+    full_run(tmp_path / "run")
+    alone = torch.load(tmp_path / "run" / "checkpoint-4" / "optimizer.pt", weights_only=True)["state"]
+    sizes = sorted(float(state["exp_avg"].norm()) for state in alone.values())
+    kept = sorted(float(tensor.norm()) for name, tensor in held.items() if name.endswith(":exp_avg"))
+    assert kept == pytest.approx(sizes, rel=1e-6)
+
+
 def test_with_divided_weights_an_assessment_is_that_of_whole_ones(forked: tuple[Path, dict[str, list[Ended]]]) -> None:
     """FSDP2. All numbers but those of the Hessian product, which is a difference there: its error is stated here."""
     folder, done = forked
@@ -274,10 +302,9 @@ def test_with_divided_weights_an_assessment_is_that_of_whole_ones(forked: tuple[
         for key in ("gamma_full", "cross_term", "crossover", "crossover_steps"):
             held["aic"].pop(key)
     compare({"told": first["told"]}, {"told": alone})
-    assess_full, full, resumed, merged = first["refused"]
+    assess_full, full, merged = first["refused"]
     assert "Give a LoRA recipe (--lora-r)" in assess_full
     assert "Give a LoRA recipe (--lora-r)" in full
-    assert resumed.startswith("full fine-tuning under FSDP2 cannot be resumed")
     assert "Save the merged model to a folder first" in merged
 
 

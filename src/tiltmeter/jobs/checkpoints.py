@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from tiltmeter.errors import ModelError
 
 #: Where the trainer keeps the states of the optimiser and of the learning rate's schedule.
 OPTIMIZER, SCHEDULER = "optimizer.pt", "scheduler.pt"
+
+#: Where the optimiser's state of divided weights is kept, which the trainer does not save.
+DIVIDED_OPTIMIZER = "optimizer.safetensors"
 
 #: How the names of files with weights begin, whole or in shards.
 _WEIGHTS = ("model", "adapter_model")
@@ -43,16 +47,21 @@ def last_checkpoint(folder: Path, needs: Sequence[str] = ()) -> Path | None:
     return next((path for path in whole if all((path / name).exists() for name in needs)), next(iter(whole), None))
 
 
-def check_optimizer(folder: Path) -> None:
+def check_optimizer(folder: Path, name: str = OPTIMIZER) -> None:
     """Refuse a checkpoint of weights alone, from which the trainer would go on with a fresh optimiser, silently.
+
+    Args:
+        folder: of a checkpoint.
+        name: of the file that holds the optimiser's state.
 
     Raises:
         ModelError: the optimiser's state is not there.
     """
-    if not (folder / OPTIMIZER).exists():
+    if not (folder / name).exists():
         raise ModelError(
-            f"{folder} was saved without its optimiser (save_only_model, or cut off), so the run cannot go on as it "
-            "was. If an earlier checkpoint has one, delete this; else begin anew in another folder."
+            f"{folder} was saved without its optimiser's {name} (save_only_model, cut off, or divided among processes "
+            "where it is whole now, or the other way round), so the run cannot go on as it was. If an earlier "
+            "checkpoint has one, delete this; else begin anew in another folder."
         )
 
 
@@ -74,11 +83,10 @@ def check_checkpoint(folder: Path, model: Any) -> None:
     else:
         state = model.state_dict()
         expected = {name: tuple(p.shape) for name, p in state.items()}
-        first: dict[int, str] = {}
-        for name, p in state.items():
-            first.setdefault(p.data_ptr(), name)
-        groups = {name: first[p.data_ptr()] for name, p in state.items()}
-        tied = {name for name, chief in groups.items() if sum(other == chief for other in groups.values()) > 1}
+        # by identity: of divided weights a process may hold nothing, and nothing has no address
+        held = {name: id(p) for name, p in model.named_parameters(remove_duplicate=False)}
+        times = Counter(held.values())
+        tied = {name for name, which in held.items() if times[which] > 1}
     for name, shape in there.items():
         if name not in expected:
             raise ModelError(f"{folder} is of another model: it has {name}, which this one has no place for")

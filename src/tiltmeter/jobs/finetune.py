@@ -14,10 +14,10 @@ import torch
 from transformers import TrainerCallback
 
 from tiltmeter import store
-from tiltmeter.errors import InputError, OutputExists, UnsupportedModel
+from tiltmeter.errors import InputError, OutputExists
 from tiltmeter.guards.callback import GuardCallback
 from tiltmeter.guards.session import REST as GUARD_STATE
-from tiltmeter.jobs.checkpoints import OPTIMIZER, check_checkpoint, check_optimizer, last_checkpoint
+from tiltmeter.jobs.checkpoints import DIVIDED_OPTIMIZER, OPTIMIZER, check_checkpoint, check_optimizer, last_checkpoint
 from tiltmeter.jobs.guarding import GuardOptions, attach_guard, prompts_for_guard
 from tiltmeter.jobs.inputs import Opened, open_model, open_rows
 from tiltmeter.jobs.provenance import provenance
@@ -35,6 +35,7 @@ from tiltmeter.jobs.track import (
     read_assessment,
 )
 from tiltmeter.jobs.training import (
+    KeepDividedOptimizer,
     KeepOptimizer,
     StopTogether,
     TrainerName,
@@ -48,7 +49,7 @@ from tiltmeter.lm.four_bit import count, dtype_name
 from tiltmeter.lm.model import trainable
 from tiltmeter.lm.processes import everywhere, is_main, join, together
 from tiltmeter.lm.rows import RowSet
-from tiltmeter.lm.sharding import fulfilled, is_divided
+from tiltmeter.lm.sharding import fulfilled, is_divided, read_whole_states
 from tiltmeter.tracking.alarm import Budgets
 from tiltmeter.tracking.anchor import TrackerOptions
 from tiltmeter.tracking.callback import Listener, TrackerCallback
@@ -155,7 +156,7 @@ def finetune(
         OutputExists: `out` holds a run and `resume` was not given, or the run is finished.
         InputError: model, data, recipe or assessment cannot be used, or `out` holds another run.
         UnsupportedModel: a guard is given and the trained weights would be divided among processes, as in full
-            fine-tuning under FSDP2; or such a run is to be resumed.
+            fine-tuning under FSDP2.
         ModelError: a checkpoint to resume from is damaged or does not fit.
 
     Cost: that of the run, plus `record["overhead"]`.
@@ -173,12 +174,6 @@ def finetune(
     opened = with_lora(opened, recipe.lora, seed)
     trainable(opened.loaded.model, parts=guard is None)  # refuses before anything is measured
     parts = is_divided(opened.loaded.model)
-    if resume and parts and recipe.lora is None:
-        raise UnsupportedModel(
-            "full fine-tuning under FSDP2 cannot be resumed: transformers does not keep the optimiser of weights that "
-            "were divided when they were loaded. Begin anew in another folder; runs with LoRA, and without --use_fsdp, "
-            "can be resumed."
-        )
     loaded, rows = opened.loaded, open_rows(tuning)
     encoded = encode(rows.rows, loaded.tokenizer, min(recipe.max_length, loaded.context))
     run = Run(opened, open_rows(safety), rows, encoded, recipe, seed)
@@ -186,16 +181,17 @@ def finetune(
         check_same_run(foretold, _facts(run, Reasons()))
     fields = arguments_of(recipe, arguments or {}, out, loaded.model.device)
     check_precision(fields, loaded.model.device)
-    keeps = parts and recipe.lora is not None and not fields.get("save_only_model")
+    keeps = parts and not fields.get("save_only_model")
     if parts:
         fields["save_only_model"] = True  # the trainer does not save more there
+    keeper = DIVIDED_OPTIMIZER if parts and recipe.lora is None else OPTIMIZER
     with fulfilled(loaded.model):
         started = build_trainer(loaded, encoded.examples, recipe, fields, kind=trainer)
-    needs = [*([] if guard is None else [GUARD_STATE]), *([OPTIMIZER] if parts else [])]
+    needs = [*([] if guard is None else [GUARD_STATE]), *([keeper] if parts else [])]
     checkpoint = last_checkpoint(out, needs) if resume else None
     if checkpoint is not None:
         check_checkpoint(checkpoint, loaded.model)
-        check_optimizer(checkpoint)
+        check_optimizer(checkpoint, keeper)
     report("measuring the aligned model")
     trackers: list[Tracker] = []
 
@@ -234,7 +230,10 @@ def finetune(
     watchers = watchers or [Listener()]
     # where all measure, they must know before they do whether one of them wants to stop or to save
     agreed = [StopTogether()] if parts else []
-    kept = [KeepOptimizer()] if keeps else []
+    kept: list[TrainerCallback] = [KeepOptimizer()] if keeps and keeper == OPTIMIZER else []
+    if keeper == DIVIDED_OPTIMIZER:
+        read_whole_states(loaded.model)
+        kept = [KeepDividedOptimizer(checkpoint, write=keeps)]
     train(started, [*callbacks, *agreed, *kept, *([] if guarding is None else [guarding[0]]), *watchers], checkpoint)
     report("writing the result")
     started.save_model(str(out / MODEL))

@@ -10,15 +10,18 @@ from typing import Any, Literal
 
 import torch
 from datasets import Dataset
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tiltmeter.errors import InputError, RecipeError
-from tiltmeter.jobs.checkpoints import OPTIMIZER, SCHEDULER
+from tiltmeter.jobs.checkpoints import DIVIDED_OPTIMIZER, OPTIMIZER, SCHEDULER
 from tiltmeter.jobs.recipe import OPTIMIZERS, Recipe
 from tiltmeter.lm.conversation import Example, collate
 from tiltmeter.lm.model import Loaded
 from tiltmeter.lm.processes import largest_of_all, launched
+from tiltmeter.lm.sharding import let_go, split_like, whole
 
 TrainerName = Literal["transformers", "trl"]
 
@@ -201,6 +204,63 @@ class KeepOptimizer(TrainerCallback):  # type: ignore[misc]  # transformers has 
         for name, held in ((SCHEDULER, kwargs["lr_scheduler"]), (OPTIMIZER, kwargs["optimizer"])):
             torch.save(held.state_dict(), folder / f".{name}.part")
             (folder / f".{name}.part").replace(folder / name)
+
+
+class KeepDividedOptimizer(TrainerCallback):  # type: ignore[misc]  # transformers has no types
+    """The same where the trained weights are divided among processes, which the trainer can neither save nor read.
+
+    The optimiser's state is gathered tensor by tensor and kept whole, so that a run may go on in another number of
+    processes; each reads it tensor by tensor and keeps its part. Put it first.
+
+    Args:
+        checkpoint: to go on from, or None.
+        write: whether to keep anything.
+    """
+
+    def __init__(self, checkpoint: Path | None, *, write: bool) -> None:
+        self.checkpoint, self.write = checkpoint, write
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Gather in all processes, write in the main one; whole or not at all."""
+        if not self.write:
+            return
+        let_go(kwargs["model"])
+        optimizer, main = kwargs["optimizer"], state.is_world_process_zero
+        held: dict[str, Tensor] = {}
+        for name, p in kwargs["model"].named_parameters():
+            for key, value in optimizer.state.get(p, {}).items():
+                tensor = whole(torch.as_tensor(value))
+                if main:
+                    held[f"{name}:{key}"] = tensor.detach().cpu().contiguous()
+        if not main:
+            return
+        folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        torch.save(kwargs["lr_scheduler"].state_dict(), folder / f".{SCHEDULER}.part")
+        (folder / f".{SCHEDULER}.part").replace(folder / SCHEDULER)
+        save_file(held, folder / f".{DIVIDED_OPTIMIZER}.part")
+        (folder / f".{DIVIDED_OPTIMIZER}.part").replace(folder / DIVIDED_OPTIMIZER)
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Read what the trainer did not: the weights it has read already."""
+        if self.checkpoint is None:
+            return
+        let_go(kwargs["model"])
+        optimizer, schedule = kwargs["optimizer"], kwargs["lr_scheduler"]
+        with safe_open(self.checkpoint / DIVIDED_OPTIMIZER, "pt") as opened:
+            keys: dict[str, list[str]] = {}
+            for full in opened.keys():  # noqa: SIM118  # not a mapping
+                name, key = full.rsplit(":", 1)
+                keys.setdefault(name, []).append(key)
+            for name, p in kwargs["model"].named_parameters():
+                for key in keys.get(name, ()):
+                    tensor = opened.get_tensor(f"{name}:{key}")
+                    alike = tensor.shape == p.shape
+                    optimizer.state[p][key] = split_like(tensor.to(p.device), p) if alike else tensor
+        schedule.load_state_dict(torch.load(self.checkpoint / SCHEDULER, map_location="cpu", weights_only=True))
+        for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
 
 
 class _NothingLeft(Exception):

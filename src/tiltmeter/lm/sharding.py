@@ -100,5 +100,29 @@ def whole(tensor: Tensor) -> Tensor:
     return gathered
 
 
+def split_like(tensor: Tensor, part: Tensor) -> Tensor:
+    """This process's part of a tensor that all of them have whole, divided as another is; whole if that is.
+
+    Cost: no word between processes.
+    """
+    if not is_part(part):
+        return tensor
+    from torch.distributed.tensor import distribute_tensor
+
+    where: Any = part
+    return distribute_tensor(tensor, where.device_mesh, where.placements, src_data_rank=None)
+
+
+def read_whole_states(model: nn.Module) -> None:
+    """Make `load_state_dict` of a divided model take whole tensors, of which each process keeps its part."""
+
+    def divide(module: nn.Module, state: dict[str, Tensor], *args: Any) -> None:
+        for name, p in module.named_parameters(remove_duplicate=False):
+            if name in state and not is_part(state[name]):
+                state[name] = split_like(state[name].to(p.device), p)
+
+    model.register_load_state_dict_pre_hook(divide)  # type: ignore[no-untyped-call]
+
+
 def _asked(variable: str) -> bool:
     return os.environ.get(variable, "false").lower() in ("1", "true", "yes")
