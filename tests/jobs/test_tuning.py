@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import zip_longest
 from typing import Any
 
 import pytest
@@ -66,7 +68,8 @@ def test_looks_on_the_way_are_made_of_rows_that_the_sample_left_out(
     assert tuning.per_look == per_look
     assert tuning.rows_in_look == tuning.per_look * size
     assert tuning.further_batches.shape == (looks * tuning.per_look, looks * tuning.rows_in_look)
-    others = further_rows(subject.loaded, rows, Recipe(), options, tuning.encoded, looks * tuning.rows_in_look)
+    others, usable = further_rows(subject.loaded, rows, Recipe(), options, tuning.encoded, looks * tuning.rows_in_look)
+    assert usable == tuning.usable == len(rows.rows)
     seen = {example.row for example in tuning.encoded.examples}
     assert not seen & {example.row for example in others}
     assert len({example.row for example in others}) == len(others)
@@ -94,17 +97,31 @@ def test_where_there_are_no_further_rows_all_are_dealt_again(subject: Subject) -
     options = Options(**{**vars(OPTIONS), "max_tuning": 8})
     rows = RowSet("rows", ROWS, "d")
     sample = prepare_tuning(subject, rows, Recipe(), options).encoded
-    others = further_rows(subject.loaded, rows, Recipe(), options, sample, 30)
+    others, _ = further_rows(subject.loaded, rows, Recipe(), options, sample, 30)
     counts = [sum(example.row == row for example in others) for row in range(11)]
     assert len(others) == 30
     assert max(counts) - min(counts) == 1
     tuning = prepare_tuning(subject, rows, Recipe(steps=40, batch_size=2), options)
     assert tuning.distinct == 11
     numbers = {example.row: i for i, example in enumerate(sample.examples)}
-    dealt = further_rows(subject.loaded, rows, Recipe(), options, sample, len(tuning.further_members))
+    dealt, _ = further_rows(subject.loaded, rows, Recipe(), options, sample, len(tuning.further_members))
     for example, number in zip(dealt, tuning.further_members, strict=True):
         assert numbers.setdefault(example.row, number) == number
     assert sorted(numbers.values()) == list(range(11))
+
+
+@pytest.mark.parametrize("bad", [0, 15, 30])
+def test_rows_that_no_run_would_train_on_are_not_counted(subject: Subject, bad: int) -> None:
+    """The noise of a sample is that about the mean of the rows that are trained on."""
+    good = tuple({**row, "prompt": f"{row['prompt']} {i}"} for i in range(6) for row in ROWS[:5])
+    unusable = ({"prompt": "word " * 500, "completion": "no room"},) * bad
+    rows = RowSet("rows", tuple(x for pair in zip_longest(good, unusable) for x in pair if x), "d")
+    options = Options(**{**vars(OPTIONS), "max_tuning": 8})
+    tuning = prepare_tuning(subject, rows, Recipe(steps=40, batch_size=2, max_length=64), options)
+    assert tuning.usable == 30
+    assert {example.row for example in tuning.encoded.examples} <= {rows.rows.index(row) for row in good}
+    few = replace(options, looks=2, rehearsal_rows=2)  # 18 rows or fewer are looked at, which tell it to seven or so
+    assert abs(prepare_tuning(subject, rows, Recipe(steps=40, batch_size=1, max_length=64), few).usable - 30) <= 14
 
 
 def test_truncation_is_counted_and_the_shortest_limit_holds(subject: Subject) -> None:

@@ -30,6 +30,7 @@ class Tuning:
 
     Attributes:
         rows: the whole set.
+        usable: rows of it that a run trains on: those that can be used, of the share that was looked at.
         encoded: the sample in tokens.
         objective: loss of every example, so scaled that their mean is the mean per supervised token.
         batches: [B, m] weights that make a trainer's batch loss (mean over its supervised tokens).
@@ -45,6 +46,7 @@ class Tuning:
     """
 
     rows: RowSet
+    usable: int
     encoded: Encoded
     objective: LanguageObjective | Sharded
     batches: Tensor
@@ -162,11 +164,12 @@ def prepare_tuning(subject: Subject, rows: RowSet, recipe: Recipe, options: Opti
     least = min(math.ceil(options.rehearsal_rows / most), stretch)
     per_look = min(len(members), math.ceil(max(recipe.batch_size, least) / size))
     count = most - 1 + (fewer - 1 if fewer < most else 0)  # looks on the way
-    others = further_rows(subject.loaded, rows, recipe, options, encoded, per_look * count * size)
+    others, usable = further_rows(subject.loaded, rows, recipe, options, encoded, per_look * count * size)
     held = [list(range(start, start + size)) for start in range(0, len(others), size)]
     further, further_batches = _in_batches(subject, others, held)
     return Tuning(
         rows,
+        usable,
         encoded,
         shared_objective(objective),
         batches,
@@ -187,20 +190,23 @@ def _numbers(sample: Sequence[Example], others: Sequence[Example]) -> list[int]:
 
 def further_rows(
     loaded: Loaded, rows: RowSet, recipe: Recipe, options: Options, sample: Encoded, count: int
-) -> list[Example]:
+) -> tuple[list[Example], int]:
     """So many further examples: rows that the sample left out, evenly spread; all over again where they do not do.
 
-    Their order is that of a shuffled deck, dealt again and again, as a trainer's.
+    Returns: the examples, in the order of a shuffled deck that is dealt again and again, as a trainer's; and how many
+        rows of the set can be used, judging by those that were looked at.
     """
     wanted = replace(options, max_tuning=len(sample.examples) + count)
     seen = {example.row for example in sample.examples}
-    every = sample_tuning(loaded, rows, recipe, wanted).examples
-    left = [example for example in every if example.row not in seen]
+    every = sample_tuning(loaded, rows, recipe, wanted)
+    usable = len(rows.rows) * (1 - sum(every.skipped.values()) / every.rows_read)
+    left = [example for example in every.examples if example.row not in seen]
     deck = [left[i] for i in spread(len(left), min(count, len(left)))]
     if len(deck) < count:
         deck += sample.examples
     order = torch.randperm(len(deck), generator=torch.Generator().manual_seed(options.seed + 1)).tolist()
-    return [deck[order[i % len(deck)]] for i in range(count)]
+    found = len(seen.union(example.row for example in every.examples))
+    return [deck[order[i % len(deck)]] for i in range(count)], max(round(usable), found)
 
 
 def _in_batches(
