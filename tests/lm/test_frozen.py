@@ -7,44 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from kinds import KINDS
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vmap
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
-from transformers import (
-    Gemma2Config,
-    Gemma2ForCausalLM,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    OPTConfig,
-    OPTForCausalLM,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-)
 
 from tiltmeter.lm import frozen
 from tiltmeter.lm.frozen import KERNELS, frozen_weights
-
-WIDE = {
-    "vocab_size": 40,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 24,
-    "num_key_value_heads": 1,
-    "head_dim": 8,
-}
-KINDS: dict[str, Callable[[], Any]] = {
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(**WIDE)),
-    "biases": lambda: Qwen2ForCausalLM(Qwen2Config(**WIDE)),
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=40, n_embd=16, n_layer=2, n_head=2)),
-    "opt": lambda: OPTForCausalLM(
-        OPTConfig(vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, ffn_dim=24)
-    ),
-    "gemma2": lambda: Gemma2ForCausalLM(Gemma2Config(**WIDE, sliding_window=8)),
-}
 
 
 def case(kind: str) -> tuple[Any, dict[str, Tensor], dict[str, Tensor], Callable[[dict[str, Tensor]], Tensor]]:

@@ -73,18 +73,23 @@ def plan(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options) -> 
     planned.add("forward_backward", gradients)
     planned.add("jvp", rows)
     # Fisher forms: the groups as they are and as Adam makes them, and H g twice
+    tried = False  # how Hessian products are best taken
     forms = [groups, *([groups] if recipe.optimizer != "sgd" else [])]
     if groups > 1 and options.coupling:
         forms.append(2)
         if subject.hessian == "exact":
             planned.add("hvp", rows)
             planned.add("path", answers)
+            tried = True
         else:
             planned.add("forward_backward", 2 * rows)
             forms += [1, 1]
     if krylov:
         kind, cost = ("hvp", 1) if subject.hessian == "exact" else ("forward_backward", 2)
         planned.add(kind, cost * krylov * rows)
+        tried |= subject.hessian == "exact"
+    if tried:
+        planned.add("hvp", tuning.objective.trial)
     # projecting on the subspace: one JVP of its scores, unless its directions are held as they are
     projected = subject.score is not None and subject.sensitivity is not None
     planned.add("jvp", subject.score.work if projected and subject.score else 0)

@@ -63,6 +63,11 @@ class Sharded:
         """Tokens of this process's largest micro-batch."""
         return self.mine.largest
 
+    @property
+    def trial(self) -> int:
+        """Tokens that this process's first Hessian product takes besides those of every other."""
+        return self.mine.trial
+
     def losses(self, displacement: Tensor | None = None) -> Tensor:
         """Losses [m]. Cost: a forward pass over this process's share."""
         return summed(lambda: self.mine.losses(displacement), (self.m,))

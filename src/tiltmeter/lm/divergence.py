@@ -63,6 +63,11 @@ class DivergenceObjective:
         """Tokens of the largest micro-batch."""
         return self.inner.largest
 
+    @property
+    def trial(self) -> int:
+        """Tokens that the first exact Hessian product takes besides those of every other."""
+        return self.inner.trial
+
     @shrinking
     def losses(self, displacement: Tensor | None = None) -> Tensor:
         """KL [m], nats per token."""

@@ -26,16 +26,31 @@ def _known(tensor: Tensor) -> bool:
     return bool(tensor._is_zerotensor())
 
 
+def _tensors(one: Tensor | float, other: Tensor | float) -> tuple[Tensor, Tensor]:
+    """Numbers, which outside of `torch.func` come as they are, as tensors that change no type.
+
+    One of the two is known to be zero. If that is not the tensor it is the number: the tangent of a constant.
+    """
+    if not isinstance(one, Tensor):
+        return _tensors(other, one)[::-1]
+    if not isinstance(other, Tensor):
+        dtype = torch.result_type(one, other)
+        other = torch.tensor(other, dtype=dtype, device=one.device) if _known(one) else _zeros((), one, dtype)
+    return one, other
+
+
 def _matrix_product(one: Tensor, other: Tensor) -> Tensor:
     return _zeros((one.shape[0], other.shape[1]), one, one.dtype)
 
 
-def _product(one: Tensor, other: Tensor) -> Tensor:
+def _product(one: Tensor | float, other: Tensor | float) -> Tensor:
+    one, other = _tensors(one, other)
     shape = torch.broadcast_shapes(one.shape, other.shape)  # type: ignore[no-untyped-call]
     return _zeros(shape, one if one.ndim else other, torch.result_type(one, other))
 
 
-def _sum(one: Tensor, other: Tensor, *, alpha: float = 1) -> Tensor:
+def _sum(one: Tensor | float, other: Tensor | float, *, alpha: float = 1) -> Tensor:
+    one, other = _tensors(one, other)
     shape = torch.broadcast_shapes(one.shape, other.shape)  # type: ignore[no-untyped-call]
     dtype = torch.result_type(one, other)
     if _known(one) and _known(other):

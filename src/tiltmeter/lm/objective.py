@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.func import jvp
 
 from tiltmeter.errors import NumericalError, OutOfMemory, SpaceMismatch
@@ -19,6 +20,13 @@ from tiltmeter.lm.forward import Forward, Reading, negative_log_likelihood
 from tiltmeter.lm.memory import logger, release, shrinking
 from tiltmeter.lm.model import second_order
 from tiltmeter.lm.packed import packs
+from tiltmeter.lm.reversible import agree, beyond, duals, reversible
+
+#: Key of `learned`: 1 where Hessian products need backward mode twice, 0 where forward mode and then backward will do.
+TWICE = "backward twice"
+
+#: Number of a micro-batch, the micro-batch, and the weights of its sequences.
+Share = tuple[int, Batch, Tensor]
 
 
 @dataclass(frozen=True)
@@ -32,8 +40,9 @@ class LanguageObjective:
         factor: [s], what its reading is multiplied by.
         reading: what is read off the logits.
         examples: m.
-        hessian: "exact" (double backward) or "difference" (two gradients, less memory, about 1 % off in float32).
-        learned: lengths of difference steps that were good, parameter units, by what was differentiated.
+        hessian: "exact" or "difference" (two gradients, less memory, about 1 % off in float32).
+        learned: lengths of difference steps that were good, parameter units, by what was differentiated; and `TWICE`,
+            once it was tried whether forward mode through this model can be differentiated.
     """
 
     forward: Forward
@@ -115,16 +124,77 @@ class LanguageObjective:
 
     @shrinking
     def hvp(self, v: Tensor, weights: Tensor | None = None, displacement: Tensor | None = None) -> Tensor:
-        """H v [n]. Cost: one HVP (exact: 3.5 forward+backward; difference: 2, and again while the step is not good,
-        which is first asked of one example in sixteen).
+        """H v [n]. Cost: one HVP (exact: 3.5 forward+backward at most; difference: 2, and again while the step is not
+        good, which is first asked of one example in sixteen).
         """
         if self.hessian == "difference":
             return self._difference(v, weights, displacement)
+        if TWICE not in self.learned:
+            self.learned[TWICE] = 0.0 if self._reversible(v, displacement) else 1.0
+        way = self._backward_twice if self.learned[TWICE] else self._forward_then_backward
+        return way(v, self._shares(weights, "hvp"), displacement)
+
+    def _reversible(self, v: Tensor, displacement: Tensor | None) -> bool:
+        """Whether forward mode through this model can be differentiated, tried on the first sequence of the smallest
+        micro-batch: silently wrong derivatives are told from right ones by backward mode twice.
+
+        Cost: two products of that sequence.
+        """
+        batch = self._tried()
+        if batch is None:  # another process has them all
+            return True
+        one = replace(self, reading=negative_log_likelihood)
+        shares = [(0, batch, torch.ones(batch.together, dtype=torch.float64))]
+        found = []
+        for way in (one._forward_then_backward, one._backward_twice):
+            self.forward.passes.add("hvp", batch.tokens.numel())
+            try:
+                found.append(way(v, iter(shares), displacement))
+            except RuntimeError as error:
+                if not beyond(error):
+                    raise
+                return False
+        return agree(*found)
+
+    def _tried(self) -> Batch | None:
+        """The sequence that a Hessian product is tried on, with those packed together with it."""
+        if not self.chunks:
+            return None
+        _, batch = min(self.chunks, key=lambda chunk: chunk[1].tokens.numel())
+        return batch.only(torch.arange(batch.together))[1]
+
+    @property
+    def trial(self) -> int:
+        """Tokens that the first exact Hessian product takes besides those of every other."""
+        batch = self._tried()
+        return 0 if batch is None else 2 * batch.tokens.numel()
+
+    def _forward_then_backward(self, v: Tensor, shares: Iterator[Share], displacement: Tensor | None) -> Tensor:
+        """Gradient of the directional derivative along v."""
+        leaves = {name: p.detach().requires_grad_() for name, p in self.forward.at(displacement).items()}
+        tangent = self.forward.along(v)
+        out, total = self._empty(leaves)
+        for name, leaf in leaves.items():
+            leaf.grad = total[name]
+        with reversible(self.forward.model):
+            for number, batch, share in shares:
+                with forward_ad.dual_level():
+                    loss = self._loss(duals(leaves, tangent), number, batch, share)
+                    slope = forward_ad.unpack_dual(loss).tangent  # type: ignore[no-untyped-call]
+                    del loss
+                # outside, or backward mode would carry tangents of its own
+                if slope is not None and slope.requires_grad:
+                    slope.backward(inputs=list(leaves.values()))
+        return out
+
+    def _backward_twice(self, v: Tensor, shares: Iterator[Share], displacement: Tensor | None) -> Tensor:
+        """Gradient of <gradient, v>, for models with operations whose tangents cannot be differentiated."""
         leaves = {name: p.detach().requires_grad_() for name, p in self.forward.at(displacement).items()}
         tangent = self.forward.along(v)
         out, total = self._empty(leaves)
         with second_order():
-            for loss in self._weighted(leaves, weights, "hvp"):
+            for number, batch, share in shares:
+                loss = self._loss(leaves, number, batch, share)
                 slopes = torch.autograd.grad(loss, list(leaves.values()), create_graph=True)
                 # gradients that depend on no parameter have no graph; v goes in from behind, without a product g'v
                 held = [(g, tangent[name]) for name, g in zip(leaves, slopes, strict=True) if g.requires_grad]
@@ -200,6 +270,15 @@ class LanguageObjective:
 
     def _weighted(self, leaves: dict[str, Tensor], weights: Tensor | None, kind: str) -> Iterator[Tensor]:
         """Weighted loss of every micro-batch that carries weight."""
+        for number, batch, share in self._shares(weights, kind):
+            yield self._loss(leaves, number, batch, share)
+
+    def _loss(self, parameters: dict[str, Tensor], number: int, batch: Batch, share: Tensor) -> Tensor:
+        values = self.reading(*self.forward.logits(parameters, batch), number)
+        return (values * share.to(values)).sum()
+
+    def _shares(self, weights: Tensor | None, kind: str) -> Iterator[Share]:
+        """Number, batch and weights of every micro-batch that carries any; counts a pass of it."""
         if weights is None:
             weights = torch.full((self.m,), 1.0 / self.m, dtype=torch.float64)
         if weights.shape != (self.m,):
@@ -214,8 +293,7 @@ class LanguageObjective:
                 kept, batch = batch.only(held)
                 share = share[kept]
             self.forward.passes.add(kind, batch.tokens.numel())
-            values = self.reading(*self.forward.logits(leaves, batch), number)
-            yield (values * share.to(values)).sum()
+            yield number, batch, share
 
     def halve(self) -> bool:
         """Split the largest micro-batches, for good. False where the reading knows them by number: its owner splits.
