@@ -20,16 +20,17 @@ def variances(rates: list[float], batch: int, values: Tensor) -> list[float]:
     """Variance of the run's sum after every step of one epoch, over all orders of the rows."""
     sums = []
     for order in itertools.permutations(values.tolist()):
-        means = [sum(order[start : start + batch]) / batch for start in range(0, len(order), batch)]
+        parts = [order[start : start + batch] for start in range(0, len(order), batch)]
+        means = [sum(part) / len(part) for part in parts]
         sums.append([sum(r * x for r, x in zip(rates[:k], means, strict=False)) for k in range(len(rates) + 1)])
     return torch.tensor(sums, dtype=torch.float64).var(0, correction=0).tolist()
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e2])
-@pytest.mark.parametrize("batch", [1, 2, 3])
+@pytest.mark.parametrize("batch", [1, 2, 3, 4, 5])
 def test_one_epoch_by_listing_every_order(batch: int, scale: float) -> None:
     values = torch.tensor([0.3, -1.2, 2.0, 0.7, -0.4, 1.9], dtype=torch.float64)
-    rates = [scale * r for r in (0.5, 1.0, 0.8, 0.6, 0.4, 0.2)[: 6 // batch]]
+    rates = [scale * r for r in (0.5, 1.0, 0.8, 0.6, 0.4, 0.2)[: math.ceil(6 / batch)]]
     clock = Clock(torch.tensor(rates, dtype=torch.float64))
     row = float(values.var())
     expected = [v / row for v in variances(rates, batch, values)]

@@ -112,8 +112,8 @@ def test_passes_of_the_whole_stay_below_ten(make_llama: Any, make_tokenizer: Any
     total = sum(weights[kind] * count for kind, count in cost["passes"].items())
     torch.testing.assert_close(cost["fb_equivalents"], total)
     assert cost["data_tokens"] == record["safety"]["tokens"] + record["tuning"]["tokens"]
-    [spare] = [x for x in (cost["passes"]["hvp"] * cost["data_tokens"] - record["tuning"]["tokens"],) if x > 0]
-    assert spare < 0.03 * record["tuning"]["tokens"]  # one sequence, twice
+    tried = cost["passes"]["hvp"] * cost["data_tokens"] - record["tuning"]["tokens"]
+    assert 1 < tried < 0.03 * record["tuning"]["tokens"]  # one sequence, twice
 
 
 def test_a_second_set_is_not_charged_for_the_first(make_llama: Any, make_tokenizer: Any) -> None:

@@ -120,6 +120,18 @@ def test_with_as_many_looks_as_steps_the_rehearsal_is_the_run(subject: Subject, 
     assert_close(found.rehearsed.path.concentration()[1:], (often / at).square().sum(0))
 
 
+@pytest.mark.parametrize("kind", ["sgd", "adamw"])
+def test_a_run_of_one_step(subject: Subject, kind: str) -> None:
+    """No further looks, no further rows: the first gradient is the run."""
+    recipe = Recipe(kind, learning_rate=1e-4, steps=1, batch_size=2)
+    tuning = prepare_tuning(subject, SUMS, recipe, OPTIONS)
+    assert tuning.distinct == len(tuning.encoded.examples)
+    found = measure(subject, tuning, recipe, OPTIONS, silent)
+    assert found.check is None
+    assert_close(found.values["rehearsed"].margin, found.values["linear"].margin)
+    assert float(found.rehearsed.margin_reach(0.9)[-1]) > 0
+
+
 def test_one_gradient_step_of_a_tiny_rate_is_forecast_exactly(subject: Subject) -> None:
     recipe = Recipe("sgd", learning_rate=1e-6, steps=3, batch_size=4, schedule="constant", max_grad_norm=0.0)
     tuning = prepare_tuning(subject, TWINS, recipe, OPTIONS)

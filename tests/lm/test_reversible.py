@@ -78,6 +78,39 @@ def test_a_model_without_tangents_is_differentiated_backwards_twice(told: str, m
     assert objective.learned[TWICE] == 1.0
 
 
+def test_nothing_is_learned_from_a_direction_of_no_length(monkeypatch: pytest.MonkeyPatch) -> None:
+    objective, v = made("gpt2")
+    monkeypatch.setattr(reversible, "layer_norm", torch.layer_norm)
+    assert not objective.hvp(torch.zeros_like(v)).any()
+    assert TWICE not in objective.learned
+    objective.hvp(v)
+    assert objective.learned[TWICE] == 1.0
+
+
+def test_a_failure_after_the_trial_is_answered_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Padding or another length may call an operation that the tried sequence did not."""
+    objective, v = made("llama")
+    objective.hvp(v)
+    assert objective.learned[TWICE] == 0.0
+
+    def fail(*_: Any) -> None:
+        raise NotImplementedError("this operation does not support forward AD")
+
+    monkeypatch.setattr(products, "duals", fail)
+    assert_close(objective.hvp(v), objective._backward_twice(v, objective._shares(None, "hvp"), None))
+    assert objective.learned[TWICE] == 1.0
+
+
+def test_attention_of_every_part_is_put_back() -> None:
+    """A setting of the whole is handed on to the parts, which may have had another."""
+    model = KINDS["llama"]()
+    parts = nn.ModuleList([model, KINDS["biases"]()])
+    parts[1].config._attn_implementation = "eager"
+    with reversible.plain_attention(parts):
+        assert [each.config._attn_implementation for each in parts] == ["eager", "eager"]
+    assert [each.config._attn_implementation for each in parts] == ["sdpa", "eager"]
+
+
 def test_other_failures_are_not_taken_for_missing_tangents(monkeypatch: pytest.MonkeyPatch) -> None:
     objective, v = made("llama")
 
@@ -98,19 +131,20 @@ def test_what_is_put_together_is_what_torch_has(scale: float) -> None:
     masked[..., 4:] = torch.finfo(torch.float64).min
     weight, bias = torch.randn(2, 6, dtype=torch.float64)
     norm = nn.LayerNorm((4, 6), eps=1e-3).double()
+    norm_of = nn.functional.layer_norm
+
+    def calculated() -> list[Tensor]:
+        out = [soft(given, dim=dim) for given in (values, masked) for dim in (-1, 1)
+               for soft in (torch.softmax, nn.functional.log_softmax)]  # fmt: skip
+        narrow = values.bfloat16()
+        out += [narrow.softmax(-1, torch.float32), torch.log_softmax(narrow, -1, torch.float32), norm(values)]
+        return [*out, norm_of(values, (6,), weight, bias), norm_of(narrow, (6,)), values.log_softmax(1)]
+
+    outside = calculated()
     with reversible.reversible(nn.Linear(1, 1)):
-        for given in (values, masked):
-            for dim in (-1, 1):
-                assert_close(given.softmax(dim), torch.softmax(given, dim))
-                assert_close(nn.functional.log_softmax(given, dim), torch.log_softmax(given, dim))
-        inside = (
-            values.softmax(-1), nn.functional.softmax(masked, dim=-1, dtype=torch.float32), values.log_softmax(1),
-            nn.functional.layer_norm(values, (6,), weight, bias), norm(values),
-        )  # fmt: skip
-    outside = (
-        values.softmax(-1), masked.softmax(-1), values.log_softmax(1),
-        nn.functional.layer_norm(values, (6,), weight, bias), norm(values),
-    )  # fmt: skip
+        inside = calculated()
+        wide = nn.functional.softmax(masked, dim=-1, dtype=torch.float32)
+    assert_close(wide, masked.softmax(-1))  # never narrower than what is given
     for one, other in zip(inside, outside, strict=True):
         assert_close(one, other)
 

@@ -38,19 +38,24 @@ def draw_variance(clock: Clock, batch: int, rows: int | None) -> Tensor:
         batch: rows in a step.
         rows: rows N of the whole set, drawn without replacement in every epoch; None for an endless stream.
 
+    Error: for plain descent. Under momentum and Adam a row's gradient goes on driving later steps, and those of the
+        last steps are cut short: a whole epoch at a constant rate is then not free of luck, as it is here.
     Source: two rows of an epoch have covariance -1/N, so an epoch's steps contribute sum eta^2 / b - (sum eta)^2 / N,
-        which is zero for a whole epoch at a constant rate (Cochran 1977, Sampling Techniques, ch. 2).
+        which is zero for a whole epoch of equal batches at a constant rate (Cochran 1977, Sampling Techniques, ch. 2).
     """
     rates = clock.rates
     if rows is None:
         return clock.squared_rates / batch
     if rows < 2:
         return torch.zeros(clock.steps + 1, dtype=torch.float64)
-    per_epoch = max(1, rows // batch)
+    per_epoch = math.ceil(rows / batch)
     done, out = 0.0, [0.0]
     for start in range(0, clock.steps, per_epoch):
         part = rates[start : start + per_epoch]
-        spent = part.square().cumsum(0) / min(batch, rows) - part.cumsum(0).square() / rows
+        sizes = torch.full_like(part, min(batch, rows))
+        if len(part) == per_epoch:  # a trainer's last batch of an epoch has what is left
+            sizes[-1] = rows - batch * (per_epoch - 1)
+        spent = (part.square() / sizes).cumsum(0) - part.cumsum(0).square() / rows
         out += (done + spent.clamp_min(0)).tolist()
         done = out[-1]
     return torch.tensor(out, dtype=torch.float64)

@@ -102,7 +102,10 @@ class Rehearsal:
                     yield step, displacement
 
     def driven(self) -> Tensor:
-        """Share of the flow time so far that each look has driven, [steps + 1, L]; before any, it is the first's."""
+        """Share of the flow time so far that each look has driven, [steps + 1, L]; before any, it is the first's.
+
+        Error: what an optimiser's memory carries from one look's stretch into the next is counted with the next.
+        """
         covered = self.metric.flow_time(self.clock)
         parts = [covered.clamp(covered[begin], covered[end]) - covered[begin] for begin, end in self.stretches()]
         out = torch.stack(parts, 1)

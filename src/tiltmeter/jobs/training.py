@@ -209,8 +209,8 @@ class KeepOptimizer(TrainerCallback):  # type: ignore[misc]  # transformers has 
 class KeepDividedOptimizer(TrainerCallback):  # type: ignore[misc]  # transformers has no types
     """The same where the trained weights are divided among processes, which the trainer can neither save nor read.
 
-    The optimiser's state is gathered tensor by tensor and kept whole, so that a run may go on in another number of
-    processes; each reads it tensor by tensor and keeps its part. Put it first.
+    The optimiser's state is gathered tensor by tensor and kept whole; each process reads it tensor by tensor and keeps
+    its part. Put it first.
 
     Args:
         checkpoint: to go on from, or None.
@@ -253,11 +253,15 @@ class KeepDividedOptimizer(TrainerCallback):  # type: ignore[misc]  # transforme
             for full in opened.keys():  # noqa: SIM118  # not a mapping
                 name, key = full.rsplit(":", 1)
                 keys.setdefault(name, []).append(key)
+            # counts of steps are kept on the CPU but by these
+            there = {id(p) for group in optimizer.param_groups if group.get("fused") or group.get("capturable")
+                     for p in group["params"]}  # fmt: skip
             for name, p in kwargs["model"].named_parameters():
                 for key in keys.get(name, ()):
                     tensor = opened.get_tensor(f"{name}:{key}")
-                    alike = tensor.shape == p.shape
-                    optimizer.state[p][key] = split_like(tensor.to(p.device), p) if alike else tensor
+                    if tensor.shape == p.shape:
+                        tensor = split_like(tensor.to(p.device), p)
+                    optimizer.state[p][key] = tensor.to(p.device) if id(p) in there else tensor
         schedule.load_state_dict(torch.load(self.checkpoint / SCHEDULER, map_location="cpu", weights_only=True))
         for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
             group["lr"] = rate

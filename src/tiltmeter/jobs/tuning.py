@@ -30,7 +30,8 @@ class Tuning:
 
     Attributes:
         rows: the whole set.
-        usable: rows of it that a run trains on: those that can be used, of the share that was looked at.
+        usable: rows of it that a run trains on, judging by those that were looked at; all of them where rows are cut
+            shorter here than in the run.
         encoded: the sample in tokens.
         objective: loss of every example, so scaled that their mean is the mean per supervised token.
         batches: [B, m] weights that make a trainer's batch loss (mean over its supervised tokens).
@@ -82,7 +83,7 @@ class Tuning:
     @property
     def distinct(self) -> int:
         """Rows that are looked at, each counted once."""
-        return 1 + max(len(self.encoded.examples) - 1, *self.further_members)
+        return max(len(self.encoded.examples), 1 + max(self.further_members, default=0))
 
     def members(self, number: int) -> tuple[int, ...]:
         """Numbers of the rows in a look."""
@@ -200,6 +201,8 @@ def further_rows(
     seen = {example.row for example in sample.examples}
     every = sample_tuning(loaded, rows, recipe, wanted)
     usable = len(rows.rows) * (1 - sum(every.skipped.values()) / every.rows_read)
+    if options.max_length < min(recipe.max_length, loaded.context):  # the run takes longer rows than are looked at
+        usable = len(rows.rows)
     left = [example for example in every.examples if example.row not in seen]
     deck = [left[i] for i in spread(len(left), min(count, len(left)))]
     if len(deck) < count:

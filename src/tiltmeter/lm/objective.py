@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
@@ -124,29 +124,44 @@ class LanguageObjective:
 
     @shrinking
     def hvp(self, v: Tensor, weights: Tensor | None = None, displacement: Tensor | None = None) -> Tensor:
-        """H v [n]. Cost: one HVP (exact: 3.5 forward+backward at most; difference: 2, and again while the step is not
-        good, which is first asked of one example in sixteen).
+        """H v [n]. Cost: one HVP (exact: 3.5 forward+backward, less where forward mode and then backward will do;
+        difference: 2, and again while the step is not good, which is first asked of one example in sixteen).
         """
         if self.hessian == "difference":
             return self._difference(v, weights, displacement)
+        size = norm(v)
+        if size == 0 or not self.chunks:
+            return torch.zeros_like(v)
         if TWICE not in self.learned:
-            self.learned[TWICE] = 0.0 if self._reversible(v, displacement) else 1.0
-        way = self._backward_twice if self.learned[TWICE] else self._forward_then_backward
-        return way(v, self._shares(weights, "hvp"), displacement)
+            # a direction that every operation feels, as well as the one that is asked for
+            probe = torch.randn(v.shape, generator=torch.Generator().manual_seed(0)).to(v)
+            probe = probe.mul_(size / norm(probe)).add_(v)
+            self._learn(self._reversible(probe, displacement))
+        if not self.learned[TWICE]:
+            try:
+                return self._forward_then_backward(v, self._shares(weights, "hvp"), displacement)
+            except RuntimeError as error:
+                if not beyond(error):
+                    raise
+                self._learn(possible=False)
+        return self._backward_twice(v, self._shares(weights, "hvp"), displacement)
+
+    def _learn(self, possible: bool) -> None:
+        self.learned[TWICE] = 0.0 if possible else 1.0
+        if not possible:
+            logger.info("forward mode through this model cannot be differentiated: Hessian products go backward twice")
 
     def _reversible(self, v: Tensor, displacement: Tensor | None) -> bool:
-        """Whether forward mode through this model can be differentiated, tried on the first sequence of the smallest
-        micro-batch: silently wrong derivatives are told from right ones by backward mode twice.
+        """Whether forward mode through this model can be differentiated, tried on little.
 
-        Cost: two products of that sequence.
+        Silently wrong derivatives are told from right ones by backward mode twice.
+
+        Cost: two products of what `_tried` gives.
         """
-        batch = self._tried()
-        if batch is None:  # another process has them all
-            return True
-        one = replace(self, reading=negative_log_likelihood)
-        shares = [(0, batch, torch.ones(batch.together, dtype=torch.float64))]
+        number, batch = self._tried()
+        shares = [(number, batch, torch.ones(len(batch.tokens), dtype=torch.float64))]
         found = []
-        for way in (one._forward_then_backward, one._backward_twice):
+        for way in (self._forward_then_backward, self._backward_twice):
             self.forward.passes.add("hvp", batch.tokens.numel())
             try:
                 found.append(way(v, iter(shares), displacement))
@@ -156,18 +171,18 @@ class LanguageObjective:
                 return False
         return agree(*found)
 
-    def _tried(self) -> Batch | None:
-        """The sequence that a Hessian product is tried on, with those packed together with it."""
-        if not self.chunks:
-            return None
-        _, batch = min(self.chunks, key=lambda chunk: chunk[1].tokens.numel())
-        return batch.only(torch.arange(batch.together))[1]
+    def _tried(self) -> tuple[int, Batch]:
+        """What a Hessian product is tried on: the first sequence of the smallest micro-batch; all of that where the
+        reading knows micro-batches by number.
+        """
+        number = min(range(len(self.chunks)), key=lambda i: self.chunks[i][1].tokens.numel())
+        batch = self.chunks[number][1]
+        return number, batch.only(torch.arange(1))[1] if self.reading is negative_log_likelihood else batch
 
     @property
     def trial(self) -> int:
         """Tokens that the first exact Hessian product takes besides those of every other."""
-        batch = self._tried()
-        return 0 if batch is None else 2 * batch.tokens.numel()
+        return 2 * self._tried()[1].tokens.numel() if self.chunks else 0
 
     def _forward_then_backward(self, v: Tensor, shares: Iterator[Share], displacement: Tensor | None) -> Tensor:
         """Gradient of the directional derivative along v."""

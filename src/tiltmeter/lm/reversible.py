@@ -62,10 +62,11 @@ def layer_norm(
 ) -> Tensor:
     """Put together from means; arguments as torch's."""
     dims = tuple(range(-len(tuple(normalized_shape)), 0))
-    centred = values - values.mean(dims, keepdim=True)
+    wide = values.to(torch.promote_types(values.dtype, torch.float32))
+    centred = wide - wide.mean(dims, keepdim=True)
     out = centred * (centred.square().mean(dims, keepdim=True) + eps).rsqrt()
     out = out if weight is None else out * weight
-    return out if bias is None else out + bias
+    return (out if bias is None else out + bias).to(values.dtype)
 
 
 def _largest(values: Tensor, dim: int) -> Tensor:
@@ -93,21 +94,32 @@ class _Composed(TorchFunctionMode):
         dim = args[1] if len(args) > 1 else given.get("dim")
         if dim is None:
             return func(*args, **given)  # torch's own choice of a dimension, with its warning
-        return composed(values, dim, given.get("dtype"))
+        types = [each for each in (*args[2:], given.get("dtype")) if isinstance(each, torch.dtype)]
+        return composed(values, dim, types[0] if types else None)
+
+
+def _with_parts(config: Any) -> list[Any]:
+    """A configuration that names an attention, and those of its parts that do."""
+    if getattr(config, "_attn_implementation", None) is None:
+        return []
+    parts = (getattr(config, name, None) for name in getattr(config, "sub_configs", ()))
+    return [config, *(each for part in parts for each in _with_parts(part))]
 
 
 @contextmanager
 def plain_attention(model: nn.Module) -> Iterator[None]:
     """Attention as matrix products and a softmax, where the model goes by its configuration."""
-    configs = {id(c): c for c in (getattr(module, "config", None) for module in model.modules()) if c is not None}
-    fused = [c for c in configs.values() if getattr(c, "_attn_implementation", None) == "sdpa"]
-    for config in fused:
-        config._attn_implementation = "eager"
+    found = [config for module in model.modules() for config in _with_parts(getattr(module, "config", None))]
+    before = [(config, config._attn_implementation) for config in {id(c): c for c in found}.values()]
+    for config, kind in before:
+        if kind == "sdpa":
+            config._attn_implementation = "eager"
     try:
         yield
     finally:
-        for config in fused:
-            config._attn_implementation = "sdpa"
+        for config, kind in before:  # the whole before its parts, which it sets too
+            if config._attn_implementation != kind:
+                config._attn_implementation = kind
 
 
 @contextmanager
@@ -126,8 +138,8 @@ def duals(leaves: Mapping[str, Tensor], tangents: Mapping[str, Tensor]) -> dict[
 
 
 def agree(one: Tensor, other: Tensor) -> bool:
-    """Whether two products are the same to `ALIKE` of the larger."""
-    return norm(one - other) <= ALIKE * max(norm(one), norm(other))
+    """Whether two products are the same to `ALIKE` of the larger; nothing is told by two that are zero."""
+    return norm(one - other) <= ALIKE * max(norm(one), norm(other)) > 0
 
 
 def beyond(error: Exception, words: Sequence[str] = BEYOND) -> bool:

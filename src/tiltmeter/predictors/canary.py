@@ -5,7 +5,8 @@ that of the rows it was made from and the square of what half of its looks at th
 luck of its few batches, carried to the end of the recipe. They are weighed by their inverse squares, and the change of
 slope is added to the forecast for the whole recipe. The KL is treated by its root, which grows like the path.
 
-Source: this project; the conjugate normal update.
+Source: this project; the conjugate normal update. The two are taken to be independent, which they are not quite: the
+canary's rows are some of those in the forecast's first look.
 """
 
 from __future__ import annotations

@@ -66,7 +66,8 @@ class Measured:
         random_kl: KL [m] after a random displacement as long as the forecast's.
         covered: multiple of the initial direction after 0, 1, ... steps, [steps + 1].
         rehearsal_passes: gradients of the reported rehearsal, in gradients of the whole sample.
-        margin_noise: standard deviation of the mean margin by the luck of one run's batches, nats, [steps + 1].
+        margin_noise: standard deviation of the mean margin by the luck of one run's batches and of the sample, nats,
+            [steps + 1].
         kl_noise: standard deviation of the KL's root as a share of it, [steps + 1].
         margin_doubt: standard deviation of the rehearsal itself by the rows it was made from, nats, [steps + 1].
         kl_doubt: the same of the KL's root as a share of it, [steps + 1].
