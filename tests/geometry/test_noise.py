@@ -150,6 +150,11 @@ def test_a_rehearsals_own_noise_by_hand(scale: float) -> None:
     normal = 1.645
     reach = normal * sigma * (drawn + clock.flow_time**2 * share).sqrt()
     assert_close(path.margin_reach(0.9), reach, rtol=2e-3, atol=0)
+    # the path's own part of it: of the margin, and of the root of the KL as a share
+    own_margin, own_root = path.path_scatter()
+    assert_close(own_margin, sigma * clock.flow_time * share.sqrt())
+    assert_close(own_root, sigma / mu * share.sqrt())
+    assert_close(path.margin_scatter(), sigma * (drawn + clock.flow_time**2 * share).sqrt())
     # two rehearsals part by the rows that they do not share, and the run's own luck has no part in that
     swapped = members.clone()
     swapped[1, m:] = torch.tensor([1.0, 0.0])

@@ -81,7 +81,7 @@ _SOFT = {
 
 
 class _Composed(TorchFunctionMode):
-    """Answers softmax and log_softmax by the functions above."""
+    """Answers softmax, log_softmax and layer norms by the functions above."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = dict(kwargs or {})
