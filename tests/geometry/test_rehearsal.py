@@ -162,6 +162,21 @@ def test_noise_of_the_looks_by_simulation(scale: float) -> None:
         assert_close(float(displacement.var()), float(share[step] * covered[step] ** 2), rtol=0.03, atol=0)
 
 
+@pytest.mark.parametrize("schedule", [(1.0, 1.0), (1.0, 0.2)])
+@pytest.mark.parametrize(
+    "metric", [Sgd(), Sgd(0.6), Sgd(0.6, nesterov=True), Adam((0.8, 0.99), 1e12)], ids=["sgd", "m", "nesterov", "adam"]
+)
+def test_what_each_look_has_driven_by_walking_with_one_at_a_time(metric: Metric, schedule: tuple[float, float]) -> None:
+    """Each look has a parameter of its own; beside so large an epsilon Adam is linear in the gradients."""
+    path = Rehearsal(metric, Clock(torch.linspace(*schedule, 14, dtype=torch.float64)), 4)
+    unit = 1e12 if isinstance(metric, Adam) else 1.0
+    covered, driven = metric.flow_time(path.clock), path.driven()
+    assert_close(driven.sum(1), torch.ones(15, dtype=torch.float64))
+    one = torch.eye(4, dtype=torch.float64)
+    for step, displacement in path.walk(lambda number, where: slope(one[number]), list(range(1, 15))):
+        assert_close(driven[step] * covered[step], -displacement * unit)
+
+
 def test_moments_of_a_large_space_are_kept_narrow(monkeypatch: pytest.MonkeyPatch) -> None:
     """In bfloat16 averages over many steps keep three digits: small shares are not rounded away."""
     gradients = [torch.tensor([1.0, 2.0, -3.0]) * (1 + 0.5 * (-1) ** i) for i in range(200)]

@@ -113,11 +113,16 @@ def test_with_as_many_looks_as_steps_the_rehearsal_is_the_run(subject: Subject, 
     # looks after the first take what the run takes, and no other rehearsal judges it
     assert found.look_rows == (4, *[1] * (steps - 1))
     assert found.check is None
-    at = torch.arange(1, steps + 1, dtype=torch.float64)
-    # the first look is of all four rows, and one row drives every further step: each counts as often as it was seen
-    seen = torch.stack([(torch.tensor(tuning.further_members[: steps - 1]) == row).double() for row in range(4)])
-    often = 0.25 + torch.cat([torch.zeros(4, 1), seen.cumsum(1)], 1)
-    assert_close(found.rehearsed.path.concentration()[1:], (often / at).square().sum(0))
+    # the first look is of all four rows, and one row drives every further step; AdamW's first moment after t steps is
+    # 0.1 sum 0.9^(t - s) g_s / (1 - 0.9^t), and with a constant rate updates count alike
+    rows = [torch.full((4,), 0.25, dtype=torch.float64)]
+    rows += [torch.eye(4, dtype=torch.float64)[row] for row in tuning.further_members[: steps - 1]]
+    keep = 0.9 if kind == "adamw" else 0.0
+    updates = [
+        sum(keep ** (t - s) * rows[s] for s in range(t + 1)) * (1 - keep) / (1 - keep ** (t + 1)) for t in range(steps)
+    ]
+    expected = [float((sum(updates[:k]) / k).square().sum()) for k in range(1, steps + 1)]
+    assert_close(found.rehearsed.path.concentration()[1:], torch.tensor(expected, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("kind", ["sgd", "adamw"])

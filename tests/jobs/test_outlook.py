@@ -51,6 +51,7 @@ def made(
     noise = SimpleNamespace(
         margin_reach=lambda level: COVERED * reach,
         apart=lambda other, level: (COVERED * parting, torch.zeros_like(COVERED)),
+        apart_scatter=lambda other: (COVERED * parting / 2, torch.zeros_like(COVERED)),
         relative_reach=lambda level: torch.full_like(COVERED, 0.2),
         energy_factor=lambda: torch.full_like(COVERED, stretch),
     )
@@ -114,20 +115,36 @@ def test_where_every_step_is_rehearsed_nothing_is_left_to_judge() -> None:
     assert_close(judged.safety_kl.high, outlook.safety_kl.high)  # both rehearsals have the same KL here
 
 
+def test_rows_noise_is_not_counted_twice() -> None:
+    """Rehearsals part by 0.8 nats at the end; 0.6 of them are one standard deviation of the rows' noise."""
+    bare, known = (
+        made(-0.5, other=-0.6, reach=100.0),
+        made(-0.5, other=-0.6, reach=100.0, parting=1.2 / float(TIMES[-1])),
+    )
+    for outlook, gap in ((bare, 0.8), (known, (0.8**2 - 0.6**2) ** 0.5)):
+        curve = outlook.same_prompts["margin_change"]
+        reach = ((100 * TIMES[-1]) ** 2 + gap**2) ** 0.5
+        assert_close(curve.high[-1] - curve.value[-1], reach)
+
+
 def test_rehearsals_that_part_on_the_way_claim_the_steps_before() -> None:
     """They differ by 5 % at step 4 and by 60 % at step 8; for want of looks the forecast may be off by as much."""
     start = torch.full((4, PROMPTS), 5.0, dtype=torch.float64)
     change = torch.tensor([-0.5, -1.0, -2.0, -4.0], dtype=torch.float64)[:, None]
     kl = TIMES[:, None].square().expand(-1, PROMPTS)
     fewer = start + change * torch.tensor([[1.0], [1.0], [1.05], [1.6]], dtype=torch.float64)
-    looks = Looks(PathValues(STEPS, kl, start + change), PathValues(STEPS, kl, fewer), start[0], NONE, NONE)
+    looks = Looks(PathValues(STEPS, kl, start + change), PathValues(STEPS, kl, fewer), start[0], *[NONE] * 4)
     assert looks.horizon() == (4, "beyond it half as many looks at the gradient give another forecast")
     gap = looks.gap(lambda path: path.margin.mean(-1))
     assert_close(gap, torch.tensor([0.0, 0.0, 0.1, 2.4], dtype=torch.float64))
+    # the square of a difference holds that of the rows' noise, which intervals have besides
+    known = looks.gap(lambda path: path.margin.mean(-1), torch.tensor([0.1, 0.0, math.nan, 1.44], dtype=torch.float64))
+    assert_close(known, torch.tensor([0.0, 0.0, 0.1, 1.92], dtype=torch.float64))
     for size, last in ((1e6, 4), (1.0, 8)):  # the same share of a KL that matters and of one that does not
         both = [PathValues(STEPS, size * kl * far, start + change) for far in (1.0, FAR)]
-        assert Looks(both[0], both[1], start[0], NONE, NONE).horizon()[0] == last
-        assert Looks(both[0], both[1], start[0], NONE, NONE + 2 * size * float(kl[-1, 0])).horizon()[0] == 8
+        assert Looks(both[0], both[1], start[0], *[NONE] * 4).horizon()[0] == last
+        noise = NONE, NONE + 2 * size * float(kl[-1, 0]), NONE, NONE
+        assert Looks(both[0], both[1], start[0], *noise).horizon()[0] == 8
 
 
 def test_what_the_rows_noise_explains_does_not_end_the_horizon() -> None:

@@ -34,9 +34,17 @@ class World:
 
 
 def world(
-    scale: float = 1.0, metric: Adam | Sgd | None = None, noise: float = 0.0, steps: int = 20, doubt: float = 0.0
+    scale: float = 1.0,
+    metric: Adam | Sgd | None = None,
+    noise: float = 0.0,
+    steps: int = 20,
+    doubt: float = 0.0,
+    apart: float = 0.0,
 ) -> World:
-    """A case; `scale` stretches the gradient, `noise` is the luck of one run's batches, `doubt` the forecast's."""
+    """A case; `scale` stretches the gradient, `noise` is the luck of one run's batches, `doubt` the forecast's.
+
+    `apart` is what noise of the rows has in the difference of the two rehearsals.
+    """
     metric = metric or Sgd()
     generator = torch.Generator().manual_seed(3)
     slope = torch.randn(N, dtype=DOUBLE, generator=generator) * scale
@@ -79,6 +87,8 @@ def world(
         torch.full((steps + 1,), noise, dtype=DOUBLE),
         torch.full((steps + 1,), doubt, dtype=DOUBLE),
         torch.full((steps + 1,), doubt, dtype=DOUBLE),
+        torch.full((steps + 1,), apart, dtype=DOUBLE),
+        torch.full((steps + 1,), apart, dtype=DOUBLE),
         dict.fromkeys(values, torch.ones(steps + 1, dtype=DOUBLE)),
     )
     sensitivity = Sensitivity(torch.ones(2, dtype=DOUBLE), torch.ones(2, dtype=DOUBLE), 2.0,

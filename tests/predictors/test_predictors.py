@@ -181,14 +181,18 @@ def test_a_canary_without_noise_overrules_the_forecast_and_one_of_noise_alone_do
     assert_close(value("canary_length", w.case), seen.length)
 
 
-def test_a_canary_is_weighed_by_inverse_squares() -> None:
-    w = world(noise=0.001, doubt=0.02)
+@pytest.mark.parametrize("apart", [0.0, 1.5e-4, 10.0])
+def test_a_canary_is_weighed_by_inverse_squares(apart: float) -> None:
+    """What noise of the rows has in the difference of the rehearsals is not counted twice."""
+    w = world(noise=1e-5, doubt=1e-4, apart=apart)
     canary = replace(run_canary(w.case), margin=w.anchor - 0.5)
     case = replace(w.case, canary=canary)
     curves = {name: (w.anchor - v.margin).mean(-1) for name, v in w.case.measured.paths.items()}
     first, last = float(curves[REHEARSED][0]), float(curves[REHEARSED][-1])
-    prior = 0.02**2 + (float(curves[FEWER][-1]) - last) ** 2
-    weight = prior / (prior + (0.001 * 20) ** 2)
+    gap = float(curves[FEWER][-1]) - last
+    assert 2e-4 < abs(gap) < 10
+    prior = 1e-4**2 + max(0.0, gap**2 - apart**2)
+    weight = prior / (prior + (1e-5 * 20) ** 2)
     assert 0.05 < weight < 0.95
     assert_close(value("canary_margin", case), last + weight * (0.5 - first) * 20)
 

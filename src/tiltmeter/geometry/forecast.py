@@ -222,8 +222,7 @@ def horizon(steps: Sequence[int], parted: Tensor) -> int:
 def combine(per_prompt: Tensor, level: float, batch_reach: Tensor, gap: Tensor) -> Curve:
     """Mean over prompts with an interval for prompts, tuning batches and the choice of path together.
 
-    Their squares are added, as those of independent errors. They are not quite: what rehearsals of other rows differ by
-    holds noise of the rows too, which makes the interval wide rather than narrow.
+    Their squares are added, as those of independent errors.
 
     Args:
         per_prompt: [s, m].

@@ -31,6 +31,27 @@ class Metric(Protocol):
         """Multiple of a constant direction covered after 0, 1, ... steps, [steps + 1]."""
         ...
 
+    def memory(self, clock: Clock) -> Memory:
+        """How the gradients of a run are summed up into its updates."""
+        ...
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Update t of a run is minus [carried_t (g_t + keep g_{t-1} + keep^2 g_{t-2} + ...) + fresh_t g_t].
+
+    Under Adam each parameter's update is this over the root of its second moment, which is taken as it is.
+
+    Attributes:
+        keep: share of the past that is left after a step.
+        carried: [steps], learning rate that the sum of past gradients is taken at.
+        fresh: [steps], learning rate that the newest gradient is taken at besides.
+    """
+
+    keep: float
+    carried: Tensor
+    fresh: Tensor
+
 
 @dataclass(frozen=True)
 class Sgd:
@@ -56,6 +77,13 @@ class Sgd:
             covered += rate * (1.0 + self.momentum * velocity if self.nesterov else velocity)
             out.append(covered)
         return torch.tensor(out, dtype=torch.float64)
+
+    def memory(self, clock: Clock) -> Memory:
+        """Velocity is a sum of gradients; Nesterov's step looks one further."""
+        rates = clock.rates
+        if self.nesterov:
+            return Memory(self.momentum, self.momentum * rates, rates)
+        return Memory(self.momentum, rates, torch.zeros_like(rates))
 
     def second_order(self, clock: Clock) -> Tensor:
         """Second-order coefficient b_k, [steps + 1]; eta^2 k (k - 1) / 2 at constant rate without momentum."""
@@ -117,3 +145,9 @@ class Adam:
     def flow_time(self, clock: Clock) -> Tensor:
         """The sum of learning rates: Adam's own momentum is bias-corrected, so a constant gradient sees no lag."""
         return clock.flow_time
+
+    def memory(self, clock: Clock) -> Memory:
+        """The first moment with its bias corrected."""
+        keep = self.betas[0]
+        counts = torch.arange(1, clock.steps + 1, dtype=torch.float64)
+        return Memory(keep, clock.rates * (1 - keep) / (1 - keep**counts), torch.zeros_like(clock.rates))

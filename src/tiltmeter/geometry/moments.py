@@ -6,6 +6,7 @@ are partly of earlier, larger gradients, and momentum carries on in earlier dire
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -121,3 +122,28 @@ def moments_of(metric: Metric) -> Moments:
     if isinstance(metric, Sgd):
         return SgdMoments(metric)
     raise TypeError(f"expected Sgd or Adam, got {type(metric).__name__}")
+
+
+def remembered(metric: Metric, steps: Sequence[int]) -> Tensor:
+    """Shares of the gradients met in what drives each stretch, [L, L]; lines add up to 1.
+
+    Line i is the i-th stretch, column j the j-th gradient. Adam's second moment is taken as it is.
+
+    Args:
+        metric: the optimiser.
+        steps: length of each stretch.
+    """
+    keep = metric.betas[0] if isinstance(metric, Adam) else metric.momentum if isinstance(metric, Sgd) else 0.0
+    out = torch.zeros(len(steps), len(steps), dtype=torch.float64)
+    held, met = torch.zeros(len(steps), dtype=torch.float64), 0
+    for i, count in enumerate(steps):
+        met += count
+        share = (1 - keep**count) / (1 - keep**met)
+        held = (1 - share) * held
+        held[i] += share
+        out[i] = held
+        if isinstance(metric, Sgd) and metric.nesterov:
+            ahead = keep * (1 - keep**met) / (1 - keep)
+            out[i] = ahead * held / (1 + ahead)
+            out[i, i] += 1 / (1 + ahead)
+    return out

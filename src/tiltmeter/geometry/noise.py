@@ -23,41 +23,56 @@ from scipy import stats
 from torch import Tensor
 
 from tiltmeter.geometry.clock import Clock
+from tiltmeter.geometry.metric import Memory, Metric
 
 #: Largest share of a sample mean's energy that is put down to the scatter of its rows.
 MOSTLY_NOISE = 0.9
 
 
-def draw_variance(clock: Clock, batch: int, rows: int | None) -> Tensor:
-    """Variance V_k of sum_i eta_i (batch mean of step i) after 0, 1, ... steps, [steps + 1].
+def draw_variance(memory: Memory, batch: int, rows: int | None) -> Tensor:
+    """Variance V_k of where the noise of one run's batches has carried it after 0, 1, ... steps, [steps + 1].
 
-    For rows of variance 1, with N - 1 in its denominator, as a sample's is estimated.
+    A step's gradient goes on driving later ones, so it counts with the learning rates of all that have been: c_s after
+    k steps. For rows of variance 1, with N - 1 in its denominator, as a sample's is estimated.
 
     Args:
-        clock: learning rates eta_i.
+        memory: how the run's gradients are summed up.
         batch: rows in a step.
         rows: rows N of the whole set, drawn without replacement in every epoch; None for an endless stream.
 
-    Error: for plain descent. Under momentum and Adam a row's gradient goes on driving later steps, and those of the
-        last steps are cut short: a whole epoch at a constant rate is then not free of luck, as it is here.
-    Source: two rows of an epoch have covariance -1/N, so an epoch's steps contribute sum eta^2 / b - (sum eta)^2 / N,
-        which is zero for a whole epoch of equal batches at a constant rate (Cochran 1977, Sampling Techniques, ch. 2).
+    Cost: a few numbers a step.
+    Error: Adam's second moment is taken as it is, though a row's gradient moves it too.
+    Source: two rows of an epoch have covariance -1/N, so an epoch's steps contribute sum c^2 / b - (sum c)^2 / N, which
+        is zero for a whole epoch of equal batches that count alike (Cochran 1977, Sampling Techniques, ch. 2).
     """
-    rates = clock.rates
-    if rows is None:
-        return clock.squared_rates / batch
-    if rows < 2:
-        return torch.zeros(clock.steps + 1, dtype=torch.float64)
-    per_epoch = math.ceil(rows / batch)
-    done, out = 0.0, [0.0]
-    for start in range(0, clock.steps, per_epoch):
-        part = rates[start : start + per_epoch]
-        sizes = torch.full_like(part, min(batch, rows))
-        if len(part) == per_epoch:  # a trainer's last batch of an epoch has what is left
-            sizes[-1] = rows - batch * (per_epoch - 1)
-        spent = (part.square() / sizes).cumsum(0) - part.cumsum(0).square() / rows
-        out += (done + spent.clamp_min(0)).tolist()
-        done = out[-1]
+    steps = memory.carried.numel()
+    if rows is not None and rows < 2:
+        return torch.zeros(steps + 1, dtype=torch.float64)
+    per_epoch = steps if rows is None else math.ceil(rows / batch)
+    size = batch if rows is None else min(batch, rows)
+    keep = memory.keep
+    # With what is left of each step's gradient in the sum, r_s: sums over steps of c^2 / b, c r / b and r^2 / b; and
+    # the same of an epoch's totals C = sum c, R = sum r over epochs, where b is one. Each update adds u r_s to c_s.
+    cc = cr = rr = 0.0
+    epoch_cc = epoch_cr = epoch_rr = 0.0
+    total = left = 0.0
+    out = [0.0]
+    for index, (carried, fresh) in enumerate(zip(memory.carried.tolist(), memory.fresh.tolist(), strict=True)):
+        place = index % per_epoch
+        if place == 0:
+            total = left = 0.0
+        # a trainer's last batch of an epoch has what is left
+        here = size if rows is None or place < per_epoch - 1 else rows - size * (per_epoch - 1)
+        cr, rr = keep * cr, keep**2 * rr + 1 / here
+        epoch_cr, epoch_rr = keep * epoch_cr + total, keep**2 * epoch_rr + 2 * keep * left + 1
+        left = keep * left + 1
+        cc += 2 * carried * cr + carried**2 * rr + (2 * carried * fresh + fresh**2) / here
+        cr += carried * rr + fresh / here
+        epoch_cc += 2 * (carried * epoch_cr + fresh * total)
+        epoch_cc += carried**2 * epoch_rr + 2 * carried * fresh * left + fresh**2
+        epoch_cr += carried * epoch_rr + fresh * left
+        total += carried * left + fresh
+        out.append(cc if rows is None else max(0.0, cc - epoch_cc / rows))
     return torch.tensor(out, dtype=torch.float64)
 
 
@@ -157,10 +172,17 @@ class RowNoise:
 
         Returns: for the mean margin, nats; for the KL, as a share of it. Zero where the scatter is unknown.
         """
+        margin, root = self.apart_scatter(other)
+        linear = quantile(level, self.groups) * 2 * root
+        return (quantile(level, self.rows) * margin).nan_to_num(0.0), (linear + linear.square() / 4).nan_to_num(0.0)
+
+    def apart_scatter(self, other: RowNoise) -> tuple[Tensor, Tensor]:
+        """Standard deviation of the difference of two rehearsals of other rows, [steps + 1] each.
+
+        For the mean margin, nats; for the root of the KL, as a share of it. NaN where the scatter is unknown.
+        """
         both = self.path.apart(other.path).sqrt()
-        margin = quantile(level, self.rows) * self.margin * self.covered * both
-        linear = quantile(level, self.groups) * self.speed * both
-        return margin.nan_to_num(0.0), (linear + linear.square() / 4).nan_to_num(0.0)
+        return self.margin * self.covered * both, self.speed / 2 * both
 
     def energy_factor(self) -> Tensor:
         """What the KL along the path is multiplied by to have one run's expected KL, [steps + 1].
@@ -194,8 +216,8 @@ def row_noise(
     slopes: Tensor,
     forms: Tensor,
     per_group: float,
+    metric: Metric,
     clock: Clock,
-    covered: Tensor,
     batch: int,
     sample: int,
     rows: int | None,
@@ -207,8 +229,8 @@ def row_noise(
         slopes: [m], change of the mean margin per flow time along each row's direction, nats; only its scatter counts.
         forms: [J, J], v_i' F v_j of the groups, mean over prompts.
         per_group: rows in a group.
+        metric: the run's optimiser.
         clock: learning rates of the run.
-        covered: a_k, [steps + 1].
         batch: rows of a step of the run.
         sample: rows m the groups were made of.
         rows: rows N the run draws from; None if it draws from an endless stream.
@@ -218,10 +240,7 @@ def row_noise(
     """
     j, known = forms.shape[0], slopes.numel()
     margin = float(slopes.double().std()) if known > 1 else math.nan
-    # momentum covers a multiple of the plain flow time, and its noise is multiplied alike
-    plain = clock.flow_time
-    gain = torch.where(plain > 0, covered / plain.clamp_min(1e-300), 1.0)
-    drawn = draw_variance(clock, batch, rows) * gain.square()
+    covered, drawn = metric.flow_time(clock), draw_variance(metric.memory(clock), batch, rows)
     every = 1 / rows if rows else 0.0
     sampled = max(0.0, 1 / sample - every)
     path = straight_mixture(clock.steps, sample) if path is None else path

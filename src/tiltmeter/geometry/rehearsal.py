@@ -17,7 +17,7 @@ from torch import Tensor
 
 from tiltmeter.geometry.clock import Clock
 from tiltmeter.geometry.metric import Metric
-from tiltmeter.geometry.moments import moments_of
+from tiltmeter.geometry.moments import moments_of, remembered
 from tiltmeter.geometry.motion import Slope, narrow
 from tiltmeter.geometry.noise import Mixture
 
@@ -104,11 +104,11 @@ class Rehearsal:
     def driven(self) -> Tensor:
         """Share of the flow time so far that each look has driven, [steps + 1, L]; before any, it is the first's.
 
-        Error: what an optimiser's memory carries from one look's stretch into the next is counted with the next.
+        Through the optimiser's memory a look drives later stretches too. Adam's second moment is taken as it is.
         """
-        covered = self.metric.flow_time(self.clock)
-        parts = [covered.clamp(covered[begin], covered[end]) - covered[begin] for begin, end in self.stretches()]
-        out = torch.stack(parts, 1)
+        covered, stretches = self.metric.flow_time(self.clock), self.stretches()
+        direct = torch.stack([covered.clamp(covered[begin], covered[end]) - covered[begin] for begin, end in stretches])
+        out = direct.T @ remembered(self.metric, [end - begin for begin, end in stretches])
         first = torch.zeros_like(out)
         first[:, 0] = 1.0
         moved = covered[:, None] > 0

@@ -164,7 +164,7 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
     layer_slopes = _layer_slopes(subject, most.end, float(covered[-1]))
     walk = random_direction(most.end, length, options.seed)
     del most
-    every = sample / len(forms), clock, covered, recipe.batch_size, sample, tuning.usable
+    every = sample / len(forms), metric, clock, recipe.batch_size, sample, tuning.usable
     noise = row_noise(rows, forms, *every)
     return Findings(
         clock,

@@ -96,6 +96,8 @@ class Looks:
         anchor: margins of the aligned model [m].
         margin_noise: how far the mean margins may part by the noise of the rows alone, nats [s].
         kl_noise: how far the mean KLs may, nats per token [s].
+        margin_scatter: standard deviation of the difference of the mean margins by the noise of the rows, nats [s].
+        kl_scatter: the same of the mean KLs, nats per token [s].
     """
 
     main: PathValues
@@ -103,6 +105,8 @@ class Looks:
     anchor: Tensor
     margin_noise: Tensor
     kl_noise: Tensor
+    margin_scatter: Tensor
+    kl_scatter: Tensor
 
     def horizon(self) -> tuple[int, str]:
         """Last step that is claimed, and why it ends there.
@@ -123,14 +127,20 @@ class Looks:
             return last, "half as many looks at the gradient give the same forecast to the end of the recipe"
         return last, "beyond it half as many looks at the gradient give another forecast"
 
-    def gap(self, read: Callable[[PathValues], Tensor]) -> Tensor:
+    def gap(self, read: Callable[[PathValues], Tensor], scatter: Tensor | None = None) -> Tensor:
         """How far a curve [s] may be off for want of looks: as far as from half of them to all.
 
         Args:
             read: a curve of a path.
+            scatter: standard deviation of the difference by the noise of the rows [s]. Its square is in the square of
+                the difference, on the mean, and is taken out of it: intervals hold that noise besides. None or NaN
+                takes out nothing.
         """
         here = read(self.main)
-        return torch.zeros_like(here) if self.check is None else here - read(self.check)
+        if self.check is None:
+            return torch.zeros_like(here)
+        noise = 0.0 if scatter is None else scatter.nan_to_num(0.0).square()
+        return ((here - read(self.check)).square() - noise).clamp_min(0).sqrt()
 
 
 def look_out(subject: Subject, found: Findings, options: Options) -> Outlook:
@@ -140,10 +150,12 @@ def look_out(subject: Subject, found: Findings, options: Options) -> Outlook:
     at = list(main.steps)
     change = main.margin - anchor
     judge = found.check
-    apart = found.rehearsed.apart(found.rehearsed if judge is None else judge.noise, options.level)
-    margin_apart, share_apart = (each[at] for each in apart)
+    other = found.rehearsed if judge is None else judge.noise
+    margin_apart, share_apart = (each[at] for each in found.rehearsed.apart(other, options.level))
+    margin_scatter, root_scatter = (each[at] for each in found.rehearsed.apart_scatter(other))
     checked = None if judge is None else judge.values
-    looks = Looks(main, checked, anchor, margin_apart, share_apart * main.safety_kl.mean(-1))
+    whole = main.safety_kl.mean(-1)
+    looks = Looks(main, checked, anchor, margin_apart, share_apart * whole, margin_scatter, 2 * root_scatter * whole)
     last, reason = looks.horizon()
     # one run's noise lengthens its path and the looks' noise has lengthened the rehearsed one: KL is convex
     factor = found.rehearsed.energy_factor()[at]
@@ -153,15 +165,16 @@ def look_out(subject: Subject, found: Findings, options: Options) -> Outlook:
         return path.safety_kl.mean(-1) * noise.energy_factor()[at]
 
     kl_reach = bent(main) * found.rehearsed.relative_reach(options.level)[at]
-    kl = combine(main.safety_kl * factor[:, None], options.level, kl_reach, looks.gap(bent))
+    kl_gap = looks.gap(bent, looks.kl_scatter * factor)
+    kl = combine(main.safety_kl * factor[:, None], options.level, kl_reach, kl_gap)
     # the factor comes from a few groups and may be off as far as it reaches
     free = main.safety_kl.mean(-1) - kl.value
-    here = on_these_prompts(kl.value, kl_reach, looks.gap(bent))
+    here = on_these_prompts(kl.value, kl_reach, kl_gap)
     kl, here = (
         Curve(each.value, (each.low - (-free).clamp_min(0)).clamp_min(0), each.high + free.clamp_min(0))
         for each in (kl, here)
     )
-    gap = looks.gap(lambda path: path.margin.mean(-1))
+    gap = looks.gap(lambda path: path.margin.mean(-1), looks.margin_scatter)
     margin_reach = found.rehearsed.margin_reach(options.level)[at]
     margin = combine(main.margin, options.level, margin_reach, gap)
     margin_change = combine(change, options.level, margin_reach, gap)
@@ -195,6 +208,7 @@ def _refusal_rate(subject: Subject, looks: Looks, reach: Tensor, options: Option
     """
     anchor = subject.safety.refusal_rate()
     change = torch.sigmoid(looks.main.margin) - torch.sigmoid(subject.anchor_margin.double())
+    # how rows' noise scatters here is not known, and nothing is taken out for it
     gap = looks.gap(lambda path: torch.sigmoid(path.margin).mean(-1))
     # a shift of the margin by r moves a sigmoid by at most r / 4
     curve = combine(change, options.level, reach / 4, gap)

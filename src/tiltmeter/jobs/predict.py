@@ -86,6 +86,7 @@ def measured_of(found: Findings) -> Measured:
         noise.margin_scatter(),
         noise.speed / 2 * (share + noise.sampled).sqrt(),
         *found.rehearsed.path_scatter(),
+        *found.rehearsed.apart_scatter(found.rehearsed if found.check is None else found.check.noise),
         factors,
     )
 

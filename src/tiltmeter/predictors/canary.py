@@ -1,9 +1,10 @@
 """A canary: a few percent of the steps really run, and the forecast as prior for the rest.
 
 The canary's mean slope of the margin and the forecast's are two estimates of one number. The forecast's variance is
-that of the rows it was made from and the square of what half of its looks at the gradient change; the canary's is the
-luck of its few batches, carried to the end of the recipe. They are weighed by their inverse squares, and the change of
-slope is added to the forecast for the whole recipe. The KL is treated by its root, which grows like the path.
+that of the rows it was made from and the square of what half of its looks at the gradient change, less what noise of
+the rows has in that; the canary's is the luck of its few batches, carried to the end of the recipe. They are weighed by
+their inverse squares, and the change of slope is added to the forecast for the whole recipe. The KL is treated by its
+root, which grows like the path.
 
 Source: this project; the conjugate normal update. The two are taken to be independent, which they are not quite: the
 canary's rows are some of those in the forecast's first look.
@@ -74,8 +75,8 @@ def canary_margin(case: Case) -> Risk:
     canary = run_canary(case)
     seen = float(anchor - canary.margin.mean())
     noise = float(case.measured.margin_noise[canary.steps])
-    doubt = float(case.measured.margin_doubt[-1])
-    return _blend(case, drops, seen, noise, doubt, canary.steps, "nats", price, root=False)
+    doubt, apart = float(case.measured.margin_doubt[-1]), float(case.measured.margin_apart[-1])
+    return _blend(case, drops, seen, noise, doubt, apart, canary.steps, "nats", price, root=False)
 
 
 def canary_kl(case: Case) -> Risk:
@@ -89,8 +90,9 @@ def canary_kl(case: Case) -> Risk:
     canary = run_canary(case)
     seen = math.sqrt(max(0.0, float(canary.kl.mean())))
     noise = float(case.measured.kl_noise[canary.steps]) * seen
-    doubt = float(case.measured.kl_doubt[-1]) * float(roots[REHEARSED][-1]) if REHEARSED in roots else math.nan
-    return _blend(case, roots, seen, noise, doubt, canary.steps, "nats per token", price, root=True)
+    end = float(roots[REHEARSED][-1]) if REHEARSED in roots else math.nan
+    doubt, apart = float(case.measured.kl_doubt[-1]) * end, float(case.measured.kl_apart[-1]) * end
+    return _blend(case, roots, seen, noise, doubt, apart, canary.steps, "nats per token", price, root=True)
 
 
 def canary_length(case: Case) -> Risk:
@@ -105,6 +107,7 @@ def _blend(
     seen: float,
     noise: float,
     doubt: float,
+    apart: float,
     step: int,
     unit: str,
     price: float,
@@ -124,7 +127,7 @@ def _blend(
     told = _between(steps, main, covered, step)
     stretch = float(covered[steps[-1]]) / reached
     gap = float(curves[FEWER][-1] - main[-1]) if FEWER in curves else 0.0
-    prior, heard = doubt**2 + gap**2, (noise * stretch) ** 2
+    prior, heard = doubt**2 + max(0.0, gap**2 - apart**2), (noise * stretch) ** 2
     weight = prior / (prior + heard) if prior + heard > 0 else 0.0
     change = weight * (seen - told) / reached
     out = main + change * covered[list(steps)]

@@ -71,6 +71,9 @@ class Measured:
         kl_noise: standard deviation of the KL's root as a share of it, [steps + 1].
         margin_doubt: standard deviation of the rehearsal itself by the rows it was made from, nats, [steps + 1].
         kl_doubt: the same of the KL's root as a share of it, [steps + 1].
+        margin_apart: standard deviation of its difference from the one with fewer looks by the rows of both, nats,
+            [steps + 1].
+        kl_apart: the same of the KL's root as a share of it, [steps + 1].
         kl_factor: path name -> what its KL is multiplied by for one run's noise, [steps + 1].
     """
 
@@ -88,6 +91,8 @@ class Measured:
     kl_noise: Tensor
     margin_doubt: Tensor
     kl_doubt: Tensor
+    margin_apart: Tensor
+    kl_apart: Tensor
     kl_factor: Mapping[str, Tensor]
 
 
