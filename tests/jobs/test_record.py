@@ -137,6 +137,6 @@ def test_the_null_of_the_overlap_is_the_kl_of_a_random_step(make_llama: Any, mak
     record = assess_subject(subject, RowSet("sums", SUMS, "d2"), recipe, SMALL).record
     # KL of a step eps u is eps^2 / 2 u'Fu
     size, eps = record["baselines"]["gradient_norm"]["value"], 1e-3
-    u = random_direction(torch.empty(subject.forward.space.size, dtype=torch.float64), 1.0, SMALL.seed)
+    u = random_direction(subject.forward, 1.0, SMALL.seed)
     form = 2 * float(subject.divergence.losses(eps * u).mean()) / eps**2
     assert record["aic"]["initial_overlap_random"]["value"] == pytest.approx(size * form**0.5, rel=1e-3)

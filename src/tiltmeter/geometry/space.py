@@ -1,10 +1,16 @@
-"""Which parameters are being trained, and in what order they stand in a flat vector."""
+"""Which parameters are being trained, and in what order they stand in a flat vector.
+
+Where several processes hold a part of every vector each (`lm.gathered`), sums over its entries go over all of them:
+inside `summed_by`, `dot`, `products` and `norm` do. What is done entry by entry needs no word.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +23,29 @@ PIECE = 2**16
 
 #: Values that `dot` multiplies before it adds them up.
 BLOCK = 2**22
+
+#: Adds up a tensor over the processes that hold a part of every vector each; None where vectors are whole.
+_TOTAL: ContextVar[Callable[[Tensor], Tensor] | None] = ContextVar("total", default=None)
+
+
+@contextmanager
+def summed_by(total: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """While this lasts, vectors are parts, and sums over their entries are added up by `total`."""
+    before = _TOTAL.set(total)
+    try:
+        yield
+    finally:
+        _TOTAL.reset(before)
+
+
+def vectors_in_parts() -> bool:
+    """Whether vectors are parts, inside `summed_by`."""
+    return _TOTAL.get() is not None
+
+
+def _total(held: Tensor) -> Tensor:
+    total = _TOTAL.get()
+    return held if total is None else total(held)
 
 
 @dataclass(frozen=True)
@@ -123,7 +152,7 @@ def dot(a: Tensor, b: Tensor) -> float:
         n = x.numel() // PIECE * PIECE
         total += float((x[:n].view(-1, PIECE) * y[:n].view(-1, PIECE)).sum(1).double().sum())
         total += float((x[n:].double() * y[n:].double()).sum())
-    return total
+    return float(_total(torch.tensor(total, dtype=torch.float64))) if vectors_in_parts() else total
 
 
 def products(rows: Sequence[Tensor], others: Sequence[Tensor], diagonal: Tensor | None = None) -> Tensor:
@@ -138,7 +167,7 @@ def products(rows: Sequence[Tensor], others: Sequence[Tensor], diagonal: Tensor 
         left, right = (torch.stack([_wide(vector[part]) for vector in held]) for held in (rows, others))
         scaled = left if diagonal is None else left * diagonal[part].to(left)
         out += (scaled @ right.to(scaled).T).double().cpu()
-    return out
+    return _total(out)
 
 
 def _wide(a: Tensor) -> Tensor:

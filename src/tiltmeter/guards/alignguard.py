@@ -40,9 +40,9 @@ class AlignGuard:
         """Measure the eigenvectors. Cost: a Gram matrix, `rank` backward passes and rank + 1 copies."""
         require_strength("alignguard", self.strength, None)
         require_examples(model.safety, 2, "alignguard")
-        if self.rank * model.space.size > MOST:
+        if self.rank * model.whole.size > MOST:
             raise UnsupportedModel(
-                f"alignguard keeps {self.rank} vectors of {model.space.size} parameters: train with LoRA, or lower rank"
+                f"alignguard keeps {self.rank} vectors of {model.whole.size} parameters: train with LoRA, or lower rank"
             )
         found = model.safety.sensitivity(self.rank)
         columns = torch.stack([found.lift(unit) for unit in torch.eye(found.rank, dtype=torch.float64)])

@@ -180,7 +180,7 @@ class CurvatureBudget:
             raise InputError("the safety source must give its directions as combinations of its examples")
         k, old = found.rank, tensors.get("columns")
         coefficients = found.basis.coefficients
-        if k * model.space.size <= DENSE:
+        if k * model.whole.size <= DENSE:
             columns = model.safety.columns(coefficients)
             turned = None if old is None else _rotation(old, columns)
             tensors["columns"] = columns

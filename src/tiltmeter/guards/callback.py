@@ -66,7 +66,9 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
                 )
             self.source = self.source(model)
         steps = state.max_steps if state.max_steps > 0 else None
-        trainee = Trainee(trainable(model), given["optimizer"], self.source, state.global_step, self.seed, steps)
+        trainee = Trainee(
+            trainable(model, parts=True), given["optimizer"], self.source, state.global_step, self.seed, steps
+        )
         self.session = Session(self.guard, trainee)
         self.session.begin(resumed)
 
@@ -87,8 +89,8 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Put the guard's state into the checkpoint."""
         folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        if self.session is not None and state.is_world_process_zero and folder.is_dir():
-            self.session.save(folder)
+        if self.session is not None:
+            self.session.save_in(folder, main=state.is_world_process_zero)
 
     def on_train_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **given: Any) -> None:
         """Let the guard finish, before the model is saved a last time."""

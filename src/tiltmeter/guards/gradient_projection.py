@@ -34,6 +34,7 @@ class GradientProjection:
     def start(self, model: Trainee) -> None:
         """Check that there is a gradient for every reference."""
         require_strength("gradient", self.strength)
+        model.require_whole("gradient projection works tensor by tensor")
         require_examples(model.safety, self.references, "gradient projection")
         self._measure(model)
 

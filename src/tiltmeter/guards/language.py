@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tiltmeter.errors import DataError
 from tiltmeter.geometry.objective import Objective
 from tiltmeter.geometry.sensitivity import SampleBasis, Sensitivity
-from tiltmeter.geometry.space import ParameterSpace
+from tiltmeter.geometry.space import ParameterSpace, vectors_in_parts
 from tiltmeter.guards.safety import top_directions
 from tiltmeter.lm.conversation import Example
 from tiltmeter.lm.divergence import divergence_objective
@@ -58,6 +58,10 @@ class Undisturbed:
         """That of the inner one."""
         return self.inner.work
 
+    def _agreed(self, vector: Tensor) -> Tensor:
+        """Of a divided vector every process has a part of its own, and what made it was the same in all."""
+        return vector if vectors_in_parts() else agreed(vector)
+
     def _quietly(self) -> AbstractContextManager[None]:
         return undisturbed(self.model)
 
@@ -74,12 +78,12 @@ class Undisturbed:
     def gradient(self, weights: Tensor | None = None, displacement: Tensor | None = None) -> Tensor:
         """G' w [n]."""
         with self._quietly(), torch.enable_grad():
-            return agreed(self.inner.gradient(weights, displacement))
+            return self._agreed(self.inner.gradient(weights, displacement))
 
     def hvp(self, v: Tensor, weights: Tensor | None = None, displacement: Tensor | None = None) -> Tensor:
         """H v [n]."""
         with self._quietly(), torch.enable_grad():
-            return agreed(self.inner.hvp(v, weights, displacement))
+            return self._agreed(self.inner.hvp(v, weights, displacement))
 
 
 class LanguageSafety:
@@ -111,7 +115,7 @@ class LanguageSafety:
         own = [example for i, example in enumerate(examples) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]
         self.model = model
         with undisturbed(model):
-            forward = Forward(model, trainable(model))
+            forward = Forward(model, trainable(model, parts=True))
             self.passes = forward.passes
             self._score = likelihood_objective(forward, own, pad_id, max_tokens, per="root")
             self._divergence = Undisturbed(divergence_objective(forward, own, pad_id, max_tokens), model)
@@ -167,7 +171,7 @@ class LanguageSafety:
         found = combine(self.model, [batch for _, batch in score.chunks], score_loss, score.forward.parameters, weights)
         score.forward.passes.add("gram", score.work, len(score.chunks))
         columns = torch.cat([found[name].flatten(1) for name in self.space.names], 1)
-        return agreed(columns)
+        return columns if vectors_in_parts() else agreed(columns)
 
     def _mix(self) -> Tensor:
         """Examples as combinations of the sequences in the order of the micro-batches, [m, s]."""

@@ -48,6 +48,7 @@ class Extrapolation:
         require_strength("lox", self.strength, None)
         if self.rank < 1:
             raise InputError(f"guard lox: rank must be at least 1, got {self.rank}")
+        model.require_whole("LoX takes every weight matrix apart")
         targets = targets_of(model.space, self.alignment, "LoX")
         if any(len(target.names) == 2 for target in targets):
             raise UnsupportedModel(

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from tiltmeter.errors import InputError
 from tiltmeter.guards.contract import Guard
 from tiltmeter.guards.trainee import Trainee
+from tiltmeter.lm.processes import everywhere, largest_of_all, together
 
 TENSORS, REST = "guard.safetensors", "guard.json"
 
@@ -65,7 +67,8 @@ class Session:
         """
         if not self.active:
             return
-        with torch.random.fork_rng(devices=[]):  # what a guard draws must not change the order of the tuning data
+        # what a guard draws must not change the order of the tuning data
+        with torch.random.fork_rng(devices=[]), self.model.together():
             self.guard.start(self.model)
         if state is not None:
             self.load(state)
@@ -74,7 +77,8 @@ class Session:
         """Gradients are ready, the optimiser has not moved."""
         if not self.active:
             return
-        self.guard.shape_gradient(self.model)
+        with self.model.together():
+            self.guard.shape_gradient(self.model)
         self.looked = False
         self.most = max(self.most, self.guard.memory.nbytes)
 
@@ -100,28 +104,58 @@ class Session:
         self._finish()
 
     def _look(self) -> None:
-        self.guard.shape_update(self.model)
+        with self.model.together():
+            self.guard.shape_update(self.model)
         self.looked = True
         self.most = max(self.most, self.guard.memory.nbytes)
 
     def _finish(self) -> None:
-        self.guard.finish(self.model)
+        with self.model.together():
+            self.guard.finish(self.model)
         self.finished = True
+
+    def save_in(self, folder: Path, *, main: bool) -> None:
+        """`save` in the main process, where a trainer has made the folder; of divided weights, in all."""
+        if not self.model.in_parts:
+            if main and folder.is_dir():
+                self.save(folder)
+            return
+        made = largest_of_all(int(folder.is_dir()))  # the main one may be ahead; all wait for it here
+        if not made:
+            return
+
+        def own() -> None:
+            if not folder.is_dir():
+                raise InputError(f"this process does not see {folder}: to save a guard, all need the run's folder")
+            self._save_tensors(folder)
+
+        everywhere(own)
+        together(lambda: self._save_rest(folder))
 
     def save(self, folder: Path) -> None:
         """Write the guard's state: tensors as safetensors, the rest as JSON, the JSON last."""
-        tensors, rest = self.guard.memory.state()
-        held = {f"memory.{name}": tensor.cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(held, folder / TENSORS)
+        self._save_tensors(folder)
+        self._save_rest(folder)
+
+    @property
+    def _file(self) -> str:
+        """Tensors of divided weights are this process's alone."""
+        return f"guard-{dist.get_rank() + 1}-of-{dist.get_world_size()}.safetensors" if self.model.in_parts else TENSORS
+
+    def _save_tensors(self, folder: Path) -> None:
+        held = {f"memory.{name}": tensor.cpu().contiguous() for name, tensor in self.guard.memory.state()[0].items()}
+        save_file(held, folder / self._file)
+
+    def _save_rest(self, folder: Path) -> None:
         about = {
             "guard": type(self.guard).__name__,
             "settings": repr(self.guard),
             "step": self.model.step,
             "looked": self.looked,
             "finished": self.finished,
-            "space": self.model.space.digest,
+            "space": self.model.whole.digest,
             "anchor": self.model.safety.fingerprint(),
-            **rest,
+            **self.guard.memory.state()[1],
         }
         (folder / REST).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
@@ -133,13 +167,13 @@ class Session:
         """
         try:
             about = json.loads((folder / REST).read_text(encoding="utf-8"))
-            tensors = load_file(folder / TENSORS)
+            tensors = load_file(folder / self._file)
         except (OSError, ValueError) as error:
             raise InputError(
                 f"cannot resume the guard from {folder}: {error}. Resume from a checkpoint that was written with the "
                 "guard, or train afresh; going on without its state would leave the model unprotected"
             ) from error
-        expected = {"guard": type(self.guard).__name__, "settings": repr(self.guard), "space": self.model.space.digest}
+        expected = {"guard": type(self.guard).__name__, "settings": repr(self.guard), "space": self.model.whole.digest}
         for key in ("looked", "finished"):
             if key not in about:
                 raise InputError(f"the guard saved in {folder} is of an older version, without {key!r}; train afresh")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from tiltmeter.errors import InputError, SpaceMismatch, UnsupportedModel
-from tiltmeter.geometry.space import ParameterSpace
+from tiltmeter.geometry.space import ParameterSpace, dot
 from tiltmeter.guards.safety import SafetySource
+from tiltmeter.lm.gathered import as_part, evenly_spread, own_part, parts_together
+from tiltmeter.lm.sharding import is_part
 
 #: Largest weight in the optimiser's metric, as a multiple of the median. Coordinates that have hardly seen a gradient
 #: would otherwise carry every correction, far beyond what the optimiser itself would ever move them.
@@ -20,7 +23,7 @@ LARGEST_METRIC = 100.0
 
 @dataclass
 class Trainee:
-    """What is trained.
+    """What is trained. Where the weights are divided among processes (FSDP2), vectors are this process's parts.
 
     Attributes:
         parameters: the trainable ones by name, live.
@@ -44,14 +47,15 @@ class Trainee:
                 "no parameter is trainable, so there is nothing to guard; unfreeze some, or add LoRA"
             )
         for name, p in self.parameters.items():
-            if type(p) is not nn.Parameter or not p.is_floating_point() or p.is_meta:
+            if not (type(p) is nn.Parameter or is_part(p)) or not p.is_floating_point() or p.is_meta:
                 raise UnsupportedModel(
-                    f"cannot guard {name} ({type(p).__name__}, {p.dtype}, {p.device}): it is quantised, sharded or not "
-                    "loaded, so its updates cannot be shaped; train an adapter, or load the weights whole on one device"
+                    f"cannot guard {name} ({type(p).__name__}, {p.dtype}, {p.device}): it is quantised or not loaded, "
+                    "so its updates cannot be shaped; train an adapter, or load the weights whole"
                 )
         if len({p.device for p in self.parameters.values()}) > 1:
             raise UnsupportedModel("the trainable parameters are on several devices; guards need them on one")
-        self.space = ParameterSpace.of(self.parameters)
+        self.space = ParameterSpace.of({name: own_part(p) for name, p in self.parameters.items()})
+        self.whole = ParameterSpace.of(self.parameters)
         self.safety.space.require_same(self.space)
         held = {id(p) for group in self.plain_optimizer.param_groups for p in group["params"]}
         missing = [name for name, p in self.parameters.items() if id(p) not in held]
@@ -71,28 +75,54 @@ class Trainee:
             inner = inner.optimizer
         return inner
 
+    @property
+    def in_parts(self) -> bool:
+        """Whether the weights are divided among processes."""
+        return any(is_part(p) for p in self.parameters.values())
+
+    def together(self) -> AbstractContextManager[None]:
+        """While this lasts, inner products go over all processes that have a part."""
+        return parts_together(self.parameters)
+
+    def require_whole(self, what: str) -> None:
+        """Check that every process has the weights whole.
+
+        Raises:
+            UnsupportedModel: they are divided.
+        """
+        if self.in_parts:
+            raise UnsupportedModel(
+                f"{what}, and the trained weights are divided among processes (FSDP2): choose another guard (budget, "
+                "safegrad, replay, ...), train a LoRA, or launch without dividing the model"
+            )
+
     def vector(self) -> Tensor:
         """A copy of the weights [n], at least float32."""
-        return self._flat({name: p.detach() for name, p in self.parameters.items()})
+        return self._flat({name: own_part(p) for name, p in self.parameters.items()})
 
     def write(self, vector: Tensor) -> None:
         """Set the weights to a vector [n]."""
         with torch.no_grad():
             for name, part in self.space.split(vector).items():
-                self.parameters[name].copy_(part)
+                own_part(self.parameters[name]).copy_(part)
 
     def gradient(self) -> Tensor:
         """A copy of the gradient [n]; zero where there is none."""
-        return self._flat({n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in self.parameters.items()})
+        return self._flat(
+            {
+                name: torch.zeros_like(own_part(p)) if p.grad is None else own_part(p.grad)
+                for name, p in self.parameters.items()
+            }
+        )
 
     def write_gradient(self, vector: Tensor) -> None:
         """Set the gradient to a vector [n]; a parameter without gradient gets one only where the vector is not zero."""
         for name, part in self.space.split(vector).items():
             p = self.parameters[name]
             if p.grad is not None:
-                p.grad.copy_(part)
-            elif bool(part.any()):
-                p.grad = part.to(p.dtype).clone()
+                own_part(p.grad).copy_(part)
+            elif dot(part.reshape(-1), part.reshape(-1)) > 0:  # in any process
+                p.grad = as_part(part.to(p.dtype).clone(), p)
 
     def preconditioner(self) -> Tensor | None:
         """Diagonal D [n] of the optimiser's metric as it stands, up to scale; None for plain descent.
@@ -112,12 +142,13 @@ class Trainee:
             for p in group["params"]:
                 held = optimizer.state.get(p, {})
                 if "exp_avg_sq" not in held:
-                    parts[id(p)] = torch.ones_like(p)
+                    parts[id(p)] = torch.ones_like(own_part(p))
                     continue
-                corrected = held["exp_avg_sq"] / (1 - group["betas"][1] ** float(held["step"]))
+                corrected = own_part(held["exp_avg_sq"]) / (1 - group["betas"][1] ** float(held["step"]))
                 parts[id(p)] = 1 / (corrected.sqrt() + group["eps"])
         d = self._flat({name: parts[id(p)] for name, p in self.parameters.items()})
-        return (d / _middle(d)).clamp_(max=LARGEST_METRIC)
+        # the median of at most a million entries is enough for a scale
+        return (d / evenly_spread(self.parameters, d, 2**20).median()).clamp_(max=LARGEST_METRIC)
 
     def require_metric(self) -> None:
         """Check that the optimiser is one whose metric is known.
@@ -140,11 +171,6 @@ class Trainee:
     def _flat(self, tensors: Mapping[str, Tensor]) -> Tensor:
         flat = self.space.flatten(tensors)
         return flat if flat.dtype in (torch.float32, torch.float64) else flat.float()
-
-
-def _middle(d: Tensor) -> Tensor:
-    """Median of at most a million evenly spread entries: enough for a scale."""
-    return d[:: max(1, d.numel() // 2**20)].median()
 
 
 def require_examples(safety: SafetySource, least: int, what: str) -> None:

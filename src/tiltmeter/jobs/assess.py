@@ -20,7 +20,8 @@ from tiltmeter.jobs.record import Cost, arrays_of, record_of
 from tiltmeter.jobs.subject import Options, Report, Subject, measure_subject, silent, snapshot, with_lora
 from tiltmeter.jobs.tuning import Tuning, prepare_tuning, sample_tuning
 from tiltmeter.lm.distributed import summed_passes
-from tiltmeter.lm.model import undisturbed
+from tiltmeter.lm.gathered import parts_together
+from tiltmeter.lm.model import trainable, undisturbed
 from tiltmeter.lm.processes import join
 from tiltmeter.lm.rows import RowSet
 
@@ -101,7 +102,7 @@ def assess(
         compliance_opening=compliance_opening or opened.compliance_opening,
     )
     opened = with_lora(opened, recipe.lora, options.seed)
-    with undisturbed(opened.loaded.model):
+    with undisturbed(opened.loaded.model), parts_together(trainable(opened.loaded.model, parts=True)):
         sample_tuning(opened.loaded, tuning_rows, recipe, options)  # bad data should end the job before the long part
         subject = measure_subject(opened, rows, recipe.lora, options, report=report, listen=listen)
         return assess_subject(subject, tuning_rows, recipe, options, report=report, announce=announce)

@@ -93,7 +93,7 @@ def plan(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options) -> 
     # projecting on the subspace: one JVP of its scores, unless its directions are held as they are
     projected = subject.score is not None and subject.sensitivity is not None
     planned.add("jvp", subject.score.work if projected and subject.score else 0)
-    at_once = tangents_at_once(subject.forward.space.size)
+    at_once = tangents_at_once(subject.forward.whole.size)
     joint = sum(math.ceil(k / at_once) for k in forms)
     planned.add("jvp", joint * answers)
     planned.add("tangent", (sum(forms) - joint) * answers)

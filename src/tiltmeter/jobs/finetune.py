@@ -46,7 +46,6 @@ from tiltmeter.jobs.training import (
 )
 from tiltmeter.lm.conversation import Encoded, encode
 from tiltmeter.lm.four_bit import count, dtype_name
-from tiltmeter.lm.model import trainable
 from tiltmeter.lm.processes import everywhere, is_main, join, together
 from tiltmeter.lm.rows import RowSet
 from tiltmeter.lm.sharding import fulfilled, is_divided, read_whole_states
@@ -155,8 +154,7 @@ def finetune(
     Raises:
         OutputExists: `out` holds a run and `resume` was not given, or the run is finished.
         InputError: model, data, recipe or assessment cannot be used, or `out` holds another run.
-        UnsupportedModel: a guard is given and the trained weights would be divided among processes, as in full
-            fine-tuning under FSDP2.
+        UnsupportedModel: the guard cannot protect this model, as it is divided among processes.
         ModelError: a checkpoint to resume from is damaged or does not fit.
 
     Cost: that of the run, plus `record["overhead"]`.
@@ -172,7 +170,6 @@ def finetune(
         compliance_opening=compliance_opening or opened.compliance_opening,
     )
     opened = with_lora(opened, recipe.lora, seed)
-    trainable(opened.loaded.model, parts=guard is None)  # refuses before anything is measured
     parts = is_divided(opened.loaded.model)
     loaded, rows = opened.loaded, open_rows(tuning)
     encoded = encode(rows.rows, loaded.tokenizer, min(recipe.max_length, loaded.context))

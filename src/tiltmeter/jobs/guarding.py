@@ -60,7 +60,7 @@ def guard_named(
     kind, given = GUARDS[name], dict[str, Any]() if strength is None else {"strength": strength}
     model = opened.loaded.model
     if kind is CurvatureBudget:
-        large = 8 * sum(p.numel() for p in trainable(model).values()) > DENSE
+        large = 8 * sum(p.numel() for p in trainable(model, parts=True).values()) > DENSE
         return CurvatureBudget(budget_kl=budget_kl, every=EVERY_IN_LARGE_SPACES if large else 1, **given)
     if kind is ConstrainedTokens:
         if not tuning:
@@ -69,7 +69,7 @@ def guard_named(
     if kind is SafeLora or kind is Extrapolation:
         if base is None:
             raise InputError(f"guard {name} needs the base model that the aligned one was made from; give it as base")
-        wanted = None if kind is Extrapolation else {plain_name(key) for key in trainable(model)}
+        wanted = None if kind is Extrapolation else {plain_name(key) for key in trainable(model, parts=True)}
         return kind(alignment_of(model, base, wanted), **given)
     guard: Guard = kind(**given)
     return guard

@@ -118,7 +118,7 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
     random_overlap = size * math.sqrt(subject.random_form)
     projected = None
     if subject.sensitivity is not None:
-        projected = norm(subject.sensitivity.coordinates(slope.mean).double())
+        projected = float(subject.sensitivity.coordinates(slope.mean).double().norm())
     report("curvature of the tuning loss")
     alone = len(slope.groups) < 2 or not options.coupling
     acceleration = None if alone else measure_acceleration(objective, slope)
@@ -162,7 +162,7 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
     values["rehearsed"], look_rows, mixture = most.values, most.rows, most.mixture
     length, sample = norm(most.end), len(tuning.encoded.examples)
     layer_slopes = _layer_slopes(subject, most.end, float(covered[-1]))
-    walk = random_direction(most.end, length, options.seed)
+    walk = random_direction(subject.forward, length, options.seed)
     del most
     every = sample / len(forms), metric, clock, recipe.batch_size, sample, tuning.usable
     noise = row_noise(rows, forms, *every)

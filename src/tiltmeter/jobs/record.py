@@ -67,7 +67,7 @@ def record_of(
 ) -> dict[str, Any]:
     """The record of an assessment, without NaN; every null has a reason."""
     why = Reasons()
-    loaded, space = subject.loaded, subject.forward.space
+    loaded, space = subject.loaded, subject.forward.whole
     lora = recipe.as_dict()["lora"]
     for name, value in asdict(options).items():
         if value is None:
@@ -189,7 +189,7 @@ def _aic(subject: Subject, found: Findings, options: Options, why: Reasons) -> d
     reason = subject.no_sensitivity or "no subspace"
     out["projected_gradient"] = {
         "value": why.number("aic.projected_gradient.value", projected, reason),
-        "random": found.gradient_norm * math.sqrt(min(1.0, options.rank / subject.forward.space.size)),
+        "random": found.gradient_norm * math.sqrt(min(1.0, options.rank / subject.forward.whole.size)),
         "share": why.number(
             "aic.projected_gradient.share", None if projected is None else projected / found.gradient_norm, reason
         ),
@@ -248,7 +248,7 @@ def _spectrum(subject: Subject, options: Options, why: Reasons) -> dict[str, Any
         "rank_90": None if rank is None else int(rank),
         "gaps": gaps,
         "split_half_overlap": {k: why.number(f"spectrum.split_half_overlap.{k}", v, none) for k, v in points.items()},
-        "random_overlap": s.rank / subject.forward.space.size,
+        "random_overlap": s.rank / subject.forward.whole.size,
     }
 
 
@@ -349,7 +349,7 @@ def _baselines(subject: Subject, found: Findings, recipe: Recipe, why: Reasons) 
 def _layers(subject: Subject, found: Findings, why: Reasons) -> list[dict[str, Any]]:
     shares = {} if subject.gram is None else layer_sensitivity(subject.gram)
     sizes: dict[str, int] = {}
-    for name, part, _ in subject.forward.space.slices():
+    for name, part, _ in subject.forward.whole.slices():
         layer = subject.layer_of(name)
         sizes[layer] = sizes.get(layer, 0) + part.stop - part.start
     out = []

@@ -224,11 +224,11 @@ def measure_subject(
     """
     begin = time.perf_counter()
     loaded = opened.loaded
-    forward = Forward(loaded.model, trainable(loaded.model))
+    forward = Forward(loaded.model, trainable(loaded.model, parts=True))
     if listen is not None:
         listen(forward.passes)
     # in a large space Hessian products are differences of gradients: two passes, and no second graph in memory
-    plain = forward.space.size <= LARGE and not is_divided(loaded.model)
+    plain = forward.whole.size <= LARGE and not is_divided(loaded.model)
     hessian: Literal["exact", "difference"] = "exact" if plain else "difference"
     if safety is None:
         report("answers of the aligned model")
@@ -238,7 +238,7 @@ def measure_subject(
             f"asked for {options.rank} sensitive directions but only {safety.m} safety prompts can be used. "
             f"Add safety prompts or ask for rank <= {safety.m}."
         )
-    if forward.space.size > LARGE:
+    if forward.whole.size > LARGE:
         options = replace(options, max_tokens=min(options.max_tokens, LARGE_TOKENS))
     if options.memory_gb is not None:
         longest = max(len(e.tokens) for e in (*safety.responses, *safety.refusals, *safety.compliances))
@@ -258,14 +258,14 @@ def measure_subject(
     began = time.perf_counter()
     margin_gradient = margin.gradient()
     token_seconds = (time.perf_counter() - began) / margin.work
-    if forward.space.size > LARGE:  # it serves to tell shares and sampling errors: three digits are enough
+    if forward.whole.size > LARGE:  # it serves to tell shares and sampling errors: three digits are enough
         margin_gradient = margin_gradient.to(torch.bfloat16)
     release()
     report("safety subspace")
     score = _score(forward, safety, options, pad)
     products, sensitivity, reason, halves = _subspace(score, divergence, options)
     release()
-    random = random_direction(next(iter(forward.at().values())).new_empty(forward.space.size), 1.0, options.seed)
+    random = random_direction(forward, 1.0, options.seed)
     random_form = float(divergence.fisher_form([random])[:, 0, 0].mean())
     del random
     release()
@@ -294,10 +294,9 @@ def measure_subject(
     )
 
 
-def random_direction(like: Tensor, length: float, seed: int) -> Tensor:
+def random_direction(forward: Forward, length: float, seed: int) -> Tensor:
     """A random direction of a given length, [n]."""
-    generator = torch.Generator().manual_seed(seed)
-    out = torch.randn(like.numel(), generator=generator, dtype=like.dtype).to(like.device)
+    out = forward.random(seed)
     return out.mul_(length / norm(out))
 
 

@@ -221,7 +221,7 @@ def _in_batches(
         examples,
         subject.loaded.tokenizer.pad_token_id,
         # in a large space gradients are asked for while many vectors are alive: micro-batches are half as large
-        subject.max_tokens // 2 if subject.forward.space.size > LARGE else subject.max_tokens,
+        subject.max_tokens // 2 if subject.forward.whole.size > LARGE else subject.max_tokens,
         per="token",
         hessian=subject.hessian,
         groups=members,

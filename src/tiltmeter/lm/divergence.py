@@ -133,7 +133,7 @@ class DivergenceObjective:
         """
         forward, k = self.inner.forward, len(directions)
         parameters = forward.at()
-        at_once = tangents_at_once(forward.space.size)
+        at_once = tangents_at_once(forward.whole.size)
         parts = [range(start, min(start + at_once, k)) for start in range(0, k, at_once)]
 
         def one_by_one(logits: Logits, tokens: int, members: Sequence[int]) -> Tensor:

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel
 
 from tiltmeter.errors import UnsupportedModel
 from tiltmeter.geometry.objective import Passes
-from tiltmeter.geometry.space import ParameterSpace
+from tiltmeter.geometry.space import ParameterSpace, vectors_in_parts
 from tiltmeter.lm.conversation import Batch
+from tiltmeter.lm.gathered import gathering, own_part, standard_normal
 from tiltmeter.lm.sharding import is_part
 from tiltmeter.lm.template import UNSUPERVISED
 
@@ -35,7 +36,12 @@ class Forward:
 
     @property
     def space(self) -> ParameterSpace:
-        """The trainable parameters."""
+        """The trainable parameters; of those that are divided among processes, this one's part."""
+        return ParameterSpace.of({name: own_part(p) for name, p in self.parameters.items()})
+
+    @property
+    def whole(self) -> ParameterSpace:
+        """The trainable parameters of all processes."""
         return ParameterSpace.of(self.parameters)
 
     @property
@@ -48,27 +54,25 @@ class Forward:
         """Whether parameters are divided among processes."""
         return any(is_part(p) for p in self.parameters.values())
 
-    def _require_whole(self) -> None:
-        if self.in_parts:
+    def _require_together(self) -> None:
+        if self.in_parts and not vectors_in_parts():
             raise UnsupportedModel(
-                "trained weights that are divided among processes (FSDP2) can be measured where they are; they are not "
-                "moved elsewhere and have no products. Train a LoRA, or launch without dividing the model."
+                "trained weights that are divided among processes (FSDP2) can be measured here where they are; they "
+                "are not moved elsewhere and have no products. Train a LoRA, or launch without dividing the model."
             )
 
     def at(self, displacement: Tensor | None = None, v: Tensor | None = None, step: float = 0.0) -> dict[str, Tensor]:
         """Parameters at anchor + displacement + step v, float32 (or float64), detached; the anchor is not copied.
 
-        Sums are made tensor by tensor: no second vector [n] is held on the way. Parameters that are divided among
-        processes stay in the model, which gathers them itself; there is nothing but the anchor then.
+        Sums are made tensor by tensor: no second vector [n] is held on the way. Of parameters that are divided among
+        processes these are this one's parts.
 
         Raises:
-            UnsupportedModel: a place other than the anchor, and parameters are divided.
+            UnsupportedModel: a place other than the anchor, of divided parameters, outside `gathered.parts_together`.
         """
         if displacement is not None or v is not None:
-            self._require_whole()
-        elif self.in_parts:
-            return {}
-        out = {name: _full(p.detach()) for name, p in self.parameters.items()}
+            self._require_together()
+        out = {name: _full(own_part(p)) for name, p in self.parameters.items()}
         for shift, scale in ((displacement, 1.0), (v, step)):
             if shift is not None:
                 parts = self.space.split(shift.to(self.device))
@@ -79,11 +83,16 @@ class Forward:
         """A direction [n] as named tensors of the parameters' dtypes.
 
         Raises:
-            UnsupportedModel: parameters are divided among processes.
+            UnsupportedModel: parameters are divided among processes, outside `gathered.parts_together`.
         """
-        self._require_whole()
+        self._require_together()
         shifts = self.space.split(v.to(self.device))
         return {name: shifts[name].to(_full(p).dtype) for name, p in self.parameters.items()}
+
+    def random(self, seed: int) -> Tensor:
+        """Independent standard normal numbers [n], whatever the number of processes, where the parameters are."""
+        dtype = next(iter(self.at().values())).dtype
+        return standard_normal(self.parameters, seed, dtype).to(self.device)
 
     def logits(self, parameters: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits [b, t, vocabulary] and the labels [b, t] they predict, at the t positions any example supervises.
@@ -98,7 +107,12 @@ class Forward:
         narrow = "logits_to_keep" in inspect.signature(inner.forward).parameters
         if narrow:
             inputs["logits_to_keep"] = keep.to(self.device)
-        out: Tensor = functional_call(self.model, dict(parameters), (), inputs, tie_weights=True).logits
+        if self.in_parts:
+            live = dict(self.model.named_parameters())  # what is trained, though the anchor is elsewhere
+            with gathering(self.model, {id(live[name]): parameters[name] for name in self.parameters}):
+                out: Tensor = self.model(**inputs).logits
+        else:
+            out = functional_call(self.model, dict(parameters), (), inputs, tie_weights=True).logits
         if not narrow:
             out = out[:, keep.to(self.device)]
         return _full(batch.arrange(out)), targets.to(self.device)

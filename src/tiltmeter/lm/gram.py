@@ -12,6 +12,9 @@ from torch import Tensor, nn
 
 from tiltmeter.errors import NumericalError, SpaceMismatch
 from tiltmeter.lm.conversation import Batch
+from tiltmeter.lm.factors import Pieces
+from tiltmeter.lm.gathered import Part, own_part
+from tiltmeter.lm.sharding import is_part
 from tiltmeter.lm.sweep import Loss, factor_bytes, sweep
 
 
@@ -100,7 +103,8 @@ def combine(
         chunk_bytes: memory that gradients may be formed in.
         store_bytes: memory that the factors may take.
 
-    Returns: parameter -> [k, *shape]; zeros for one that no loss depends on.
+    Returns: parameter -> [k, *shape]; zeros for one that no loss depends on. Of a parameter that is divided among
+        processes, this one's rows.
 
     Raises: as `gram`.
 
@@ -109,11 +113,19 @@ def combine(
     m = sum(len(batch.tokens) for batch in batches)
     if weights.ndim != 2 or weights.shape[1] != m:
         raise SpaceMismatch(f"expected weights [k, {m}], one per example, got shape {tuple(weights.shape)}")
-    sums = sweep(model, batches, loss, parameters, lambda pieces: pieces.combine(weights, chunk_bytes), store_bytes)
+
+    def own(name: str, held: Tensor) -> Tensor:
+        p = parameters[name]
+        return Part.of(p).own(held).clone() if is_part(p) else held
+
+    def take(pieces: Pieces) -> Tensor:
+        return pieces.combine(weights, chunk_bytes)
+
+    sums = sweep(model, batches, loss, parameters, take, store_bytes, own)
     for name, p in parameters.items():
         if name in sums and not sums[name].isfinite().all():
             raise NumericalError(f"a gradient of {name} is not finite; load the model in float32 or bfloat16")
-        sums.setdefault(name, p.new_zeros(len(weights), *p.shape))
+        sums.setdefault(name, own_part(p).new_zeros(len(weights), *own_part(p).shape))
     return sums
 
 

@@ -7,7 +7,7 @@ recorded parameter, whatever module or adapter that belongs to. `factors.py` say
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from tiltmeter.lm.factors import Factor, Pieces, wide
 
@@ -60,27 +61,34 @@ class Recorder(TorchFunctionMode):
         self.anchor = torch.zeros((), requires_grad=True)
         self.pieces = {name: Pieces(p.shape) for name, p in parameters.items()}
         self.used: set[str] = set()
-        self._names = {id(p): name for name, p in parameters.items()}
+        self._names = WeakIdKeyDictionary({p: name for name, p in parameters.items()})
         self._m, self._ready = m, ready
         self._first = self._b = 0
         self._forward = self._last = False
         self._open: Counter[str] = Counter()
+
+    def stands_for(self, tensor: Tensor, name: str) -> None:
+        """The model uses this leaf in the place of a parameter, as long as it lives."""
+        self._names[tensor] = name
 
     def begin(self, first: int, b: int, last: bool) -> None:
         """A forward pass over examples `first` to `first + b` comes next."""
         self._first, self._b, self._last, self._forward = first, b, last, True
         self._open.clear()
 
-    def end_forward(self, odd: Sequence[str]) -> None:
+    def end_forward(self, odd: Collection[str]) -> None:
         """The backward pass comes next; the gradients of the `odd` parameters will be completed by `add_rows`."""
         self._forward = False  # what gradient checkpointing runs again is not another use
         self._open.update(odd)
         self.used.update(odd)
 
-    def reached(self, losses: Tensor) -> list[str]:
-        """Names of the parameters with a use that was not recorded."""
-        leaves = _leaves(losses.grad_fn)
-        return [self._names[id(leaf)] for leaf in leaves if id(leaf) in self._names]
+    def reached(self, losses: Tensor) -> dict[str, list[Tensor]]:
+        """Names of the parameters with a use that was not recorded, and the leaves there that stand for them."""
+        out: dict[str, list[Tensor]] = {}
+        for leaf in _leaves(losses.grad_fn):
+            if leaf in self._names:
+                out.setdefault(self._names[leaf], []).append(leaf)
+        return out
 
     def add_rows(self, name: str, rows: Tensor) -> None:
         """Add gradients [b, size] of the present examples."""
@@ -121,9 +129,13 @@ class Recorder(TorchFunctionMode):
         tapped: Tensor = _Tap.apply(self.anchor, output, close, saved)  # type: ignore[no-untyped-call]
         return tapped
 
+    def _name_of(self, tensor: Tensor) -> str | None:
+        name: str | None = self._names.get(tensor, None)  # type: ignore[no-untyped-call]
+        return name
+
     def _named(self, *tensors: Tensor | None) -> list[str | None] | None:
         """Names of the recorded ones among the tensors; None if there are none, or if another one needs a gradient."""
-        names = [self._names.get(id(t)) for t in tensors]
+        names = [None if t is None else self._name_of(t) for t in tensors]
         lost = any(t is not None and t.requires_grad and not name for t, name in zip(tensors, names, strict=True))
         return None if lost or not any(names) else names
 
@@ -199,7 +211,7 @@ class Recorder(TorchFunctionMode):
         if not (isinstance(x, Tensor) and isinstance(vector, Tensor) and vector.requires_grad and vector.ndim == 1):
             return None
         leaves = [vector] if vector.is_leaf else _leaves(vector.grad_fn, _SHORT)
-        name = self._names.get(id(leaves[0])) if len(leaves) == 1 else None
+        name = self._name_of(leaves[0]) if len(leaves) == 1 else None
         if name is None or x.ndim < 2 or x.shape[-1] != len(vector) or not self._batch_first(x):
             return None
         examples, leaf = self._b, leaves[0]

@@ -13,10 +13,11 @@ from torch.autograd import forward_ad
 from torch.func import jvp
 
 from tiltmeter.errors import NumericalError, OutOfMemory, SpaceMismatch
-from tiltmeter.geometry.space import ParameterSpace, norm
+from tiltmeter.geometry.space import ParameterSpace, dot, norm
 from tiltmeter.lm.conversation import Batch, Example, batches
 from tiltmeter.lm.difference import ATTEMPTS, FIRST, PILOT, next_length
 from tiltmeter.lm.forward import Forward, Reading, negative_log_likelihood
+from tiltmeter.lm.gathered import own_part
 from tiltmeter.lm.memory import logger, release, shrinking
 from tiltmeter.lm.model import second_order
 from tiltmeter.lm.packed import packs
@@ -134,7 +135,7 @@ class LanguageObjective:
             return torch.zeros_like(v)
         if TWICE not in self.learned:
             # a direction that every operation feels, as well as the one that is asked for
-            probe = torch.randn(v.shape, generator=torch.Generator().manual_seed(0)).to(v)
+            probe = self.forward.random(0).to(v)
             probe = probe.mul_(size / norm(probe)).add_(v)
             self._learn(self._reversible(probe, displacement))
         if not self.learned[TWICE]:
@@ -275,7 +276,8 @@ class LanguageObjective:
 
     def anchor_norm(self) -> float:
         """Norm of the parameters."""
-        return math.sqrt(sum(float(p.detach().double().square().sum()) for p in self.forward.parameters.values()))
+        parts = (own_part(p).reshape(-1) for p in self.forward.parameters.values())
+        return math.sqrt(sum(dot(part, part) for part in parts))
 
     def _empty(self, leaves: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
         """A zero vector [n] and its views by name, to add gradients into without a second copy."""

@@ -15,8 +15,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from tiltmeter.errors import DataError, NumericalError, SpaceMismatch, UnsupportedModel
 from tiltmeter.lm.conversation import Batch
 from tiltmeter.lm.factors import Pieces, wide
+from tiltmeter.lm.gathered import gathering
 from tiltmeter.lm.layers import Recorder
 from tiltmeter.lm.model import undisturbed
+from tiltmeter.lm.sharding import is_part
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Data = Sequence[tuple[Tensor, Tensor]]
@@ -29,14 +31,18 @@ def sweep(
     parameters: Mapping[str, nn.Parameter],
     take: Callable[[Pieces], Tensor],
     store_bytes: int,
+    keep: Callable[[str, Tensor], Tensor] = lambda name, made: made,
 ) -> dict[str, Tensor]:
-    """What `take` makes of each parameter's pieces, for the parameters that some loss depends on."""
+    """What `take` makes of each parameter's pieces and `keep` leaves of that; parameters that some loss depends on.
+
+    Where weights are divided among processes all of them do the same, each with whole pieces.
+    """
     _check(model, batches, parameters)
     data = [(batch.tokens, batch.labels) for batch in batches]
     out: dict[str, Tensor] = {}
     for group in _groups(model, data, parameters, store_bytes):
-        found = _pass(model, data, loss, group, take)
-        out |= _one_by_one(model, data, loss, group, take, store_bytes) if found is None else found
+        found = _pass(model, data, loss, group, take, keep)
+        out |= _one_by_one(model, data, loss, group, take, keep, store_bytes) if found is None else found
     if not out:
         raise UnsupportedModel(f"the losses do not depend on {next(iter(parameters))} or any other of the parameters")
     return out
@@ -52,10 +58,10 @@ def _check(model: Any, batches: Sequence[Batch], parameters: Mapping[str, nn.Par
     for name, p in parameters.items():
         if id(p) not in own:
             raise UnsupportedModel(f"parameter {name} is not one of this model's")
-        if not p.is_floating_point() or p.is_meta or type(p) is not nn.Parameter:
+        if not p.is_floating_point() or p.is_meta or not (type(p) is nn.Parameter or is_part(p)):
             raise UnsupportedModel(
                 f"parameter {name} ({type(p).__name__}, {p.dtype}, {p.device}) has no per-example gradient: it is "
-                "quantised, sharded or not loaded; measure on an adapter, or load the weights whole"
+                "quantised or not loaded; measure on an adapter, or load the weights whole"
             )
         if id(p) in names:
             raise SpaceMismatch(f"{names[id(p)]} and {name} are one tied parameter; give it once")
@@ -72,8 +78,17 @@ def _recorded(model: Any, parameters: Mapping[str, nn.Parameter], recorder: Reco
     layers = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer) and m.gradient_checkpointing]
     functions = [layer._gradient_checkpointing_func for layer in layers]
     again = partial(checkpoint, use_reentrant=False, context_fn=lambda: (nullcontext(), recorder))
-    chosen = {id(p) for p in parameters.values()}
-    with undisturbed(model), torch.enable_grad():
+    chosen = {id(p): name for name, p in parameters.items()}
+
+    def made(whole: Tensor, number: int) -> Tensor:
+        if number not in chosen:
+            return whole.detach()
+        leaf = nn.Parameter(whole.detach())
+        recorder.stands_for(leaf, chosen[number])
+        return leaf
+
+    divided = any(is_part(p) for p in parameters.values())
+    with undisturbed(model), torch.enable_grad(), gathering(model, {}, made) if divided else nullcontext():
         try:
             for layer in layers:
                 layer.training, layer._gradient_checkpointing_func = True, again
@@ -130,13 +145,14 @@ def _pass(
     loss: Loss,
     parameters: Mapping[str, nn.Parameter],
     take: Callable[[Pieces], Tensor],
+    keep: Callable[[str, Tensor], Tensor],
 ) -> dict[str, Tensor] | None:
     """One pass over all batches for some parameters; None if it has to be made one example at a time."""
     m, first = sum(len(tokens) for tokens, _ in data), 0
     blocks: dict[str, Tensor] = {}
 
     def finish(name: str) -> None:
-        blocks[name] = take(recorder.pieces.pop(name))
+        blocks[name] = keep(name, take(recorder.pieces.pop(name)))
 
     recorder = Recorder(parameters, m, finish)
     with _recorded(model, parameters, recorder):
@@ -147,11 +163,12 @@ def _pass(
             odd = recorder.reached(losses)
             if odd and len(tokens) > 1:
                 return None
-            recorder.end_forward(odd)
+            recorder.end_forward(list(odd))
             if losses.requires_grad:
-                leaves = [recorder.anchor, *(parameters[name] for name in odd)]
+                named = [(name, leaf) for name, leaves in odd.items() for leaf in leaves]
+                leaves = [recorder.anchor, *(leaf for _, leaf in named)]
                 found = torch.autograd.grad(losses.sum(), leaves, allow_unused=True)[1:]
-                for name, gradient in zip(odd, found, strict=True):
+                for (name, _), gradient in zip(named, found, strict=True):
                     recorder.add_rows(name, wide(gradient).reshape(1, -1))
             first += len(tokens)
         for name in recorder.used & recorder.pieces.keys():
@@ -165,6 +182,7 @@ def _one_by_one(
     loss: Loss,
     parameters: Mapping[str, nn.Parameter],
     take: Callable[[Pieces], Tensor],
+    keep: Callable[[str, Tensor], Tensor],
     store_bytes: int,
 ) -> dict[str, Tensor]:
     """The same one example at a time, in groups that fit although some gradients have to be kept whole."""
@@ -176,7 +194,7 @@ def _one_by_one(
             odd = recorder.reached(_losses(model, *apart[0], loss))
     blocks: dict[str, Tensor] = {}
     for group in _groups(model, apart, parameters, store_bytes, odd):
-        blocks |= _pass(model, apart, loss, group, take) or {}
+        blocks |= _pass(model, apart, loss, group, take, keep) or {}
     return blocks
 
 

@@ -36,5 +36,5 @@ def commutator(case: Case) -> Risk:
     after_task = case.negative_margin.gradient(None, task * -eta)
     # theta_ST - theta_TS = -eta (g_S + g_T(after S) - g_T - g_S(after T))
     apart = (safe.to(task.dtype) + after_safe - task - after_task) * -eta
-    inside = norm(case.sensitivity.coordinates(apart).double())
+    inside = float(case.sensitivity.coordinates(apart).double().norm())
     return known(inside / (eta**2 * sizes[0] * sizes[1]), unit, price, "a gradient is not finite")

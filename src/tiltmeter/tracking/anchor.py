@@ -17,12 +17,13 @@ from tiltmeter.geometry.sensitivity import ROUNDING, spectrum_of
 from tiltmeter.lm.conversation import Example, batches, prompts_of
 from tiltmeter.lm.divergence import DivergenceObjective, divergence_objective
 from tiltmeter.lm.forward import Forward, divergence
+from tiltmeter.lm.gathered import own_part
 from tiltmeter.lm.gram import gram
 from tiltmeter.lm.model import Loaded, trainable
 from tiltmeter.lm.objective import LanguageObjective, likelihood_objective
 from tiltmeter.lm.safety import COMPLIANCE_OPENING, REFUSAL_OPENING, SafetySet, prepare_safety, spread
 from tiltmeter.lm.scores import score_loss
-from tiltmeter.lm.sharding import is_part, whole
+from tiltmeter.lm.sharding import whole
 from tiltmeter.tracking.path import Sketch
 
 #: Parameters up to which a copy of the weights is kept; above, only their sketch.
@@ -146,8 +147,8 @@ def measure_anchor(loaded: Loaded, rows: Sequence[Mapping[str, Any]], options: T
     pad = loaded.tokenizer.pad_token_id
     reference = divergence_objective(forward, safety.responses, pad, options.max_tokens).log_probability
     values, coefficients, columns, reason = measure_subspace(forward, safety.responses, pad, options)
-    held = forward.space.size <= HELD and not any(is_part(p) for p in forward.parameters.values())
-    weights = {name: p.detach().clone() for name, p in forward.parameters.items()} if held else {}
+    held = forward.whole.size <= HELD
+    weights = {name: own_part(p).clone() for name, p in forward.parameters.items()} if held else {}
     sketch = Sketch(seed=options.seed).of(whole(p.detach()) for p in forward.parameters.values())
     return Anchor(
         safety, reference, weights, sketch, forward.device.type, values, coefficients, tuple(columns), reason,
@@ -163,8 +164,6 @@ def measure_subspace(
     """
     if options.rank == 0:
         return None, None, [], "the tracker was told to measure no subspace (rank 0)"
-    if any(is_part(p) for p in forward.parameters.values()):
-        return None, None, [], "the trained weights are divided among processes, which forms no products of gradients"
     score = likelihood_objective(forward, examples, pad, options.max_tokens, per="root")
     held = [batch for _, batch in score.chunks]
     products = gram(forward.model, held, score_loss, forward.parameters, store_bytes=FACTORS)
@@ -177,7 +176,7 @@ def measure_subspace(
     if not float(values[0]) > 0:
         return None, None, [], "the aligned model's answers do not depend on the trained parameters"
     values, coefficients = values[:k], coefficients[:, :k]
-    if k * forward.space.size > DENSE:
+    if k * forward.whole.size > DENSE:
         return values, coefficients, [], None
     return values, coefficients, [score.gradient(column) for column in coefficients.T.contiguous()], None
 

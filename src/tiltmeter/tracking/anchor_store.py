@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ from torch import Tensor, nn
 from tiltmeter import store
 from tiltmeter.errors import InputError
 from tiltmeter.lm.conversation import Example
+from tiltmeter.lm.gathered import as_part, own_rows, own_vector, whole_vector
 from tiltmeter.lm.judge import Answer
+from tiltmeter.lm.processes import is_main
 from tiltmeter.lm.safety import SafetySet
+from tiltmeter.lm.sharding import whole
 from tiltmeter.tracking.anchor import Anchor, TrackerOptions
 
 SCHEMA = "tiltmeter/anchor/1"
@@ -22,8 +26,14 @@ FOLDER = "anchor"
 _LISTS = ("responses", "refusals", "compliances")
 
 
-def write_anchor(folder: Path, anchor: Anchor, options: TrackerOptions, about: Mapping[str, Any]) -> None:
-    """Store an anchor as `folder/anchor`, complete or absent.
+def write_anchor(
+    folder: Path,
+    anchor: Anchor,
+    options: TrackerOptions,
+    about: Mapping[str, Any],
+    parameters: Mapping[str, nn.Parameter],
+) -> None:
+    """Store an anchor as `folder/anchor`, complete or absent; vectors whole, though a process has a part of them.
 
     Raises:
         OutputExists: there is one already.
@@ -32,8 +42,13 @@ def write_anchor(folder: Path, anchor: Anchor, options: TrackerOptions, about: M
     for name in _LISTS:
         arrays |= _packed(name, getattr(anchor.safety, name))
     arrays |= {f"log_probability.{i}": block for i, block in enumerate(anchor.log_probability)}
-    arrays |= {f"weights.{name}": p for name, p in anchor.weights.items()}
-    arrays |= {f"columns.{i}": column for i, column in enumerate(anchor.columns)}
+    vectors = {f"weights.{name}": partial(_whole, p, parameters[name]) for name, p in anchor.weights.items()}
+    vectors |= {f"columns.{i}": partial(whole_vector, column, parameters) for i, column in enumerate(anchor.columns)}
+    for name, gathered in vectors.items():
+        held = gathered()
+        if is_main():  # the others' folders are read by nobody
+            arrays[name] = held
+        del held
     if anchor.eigenvalues is not None and anchor.coefficients is not None:
         arrays |= {"eigenvalues": anchor.eigenvalues, "coefficients": anchor.coefficients}
     record = {
@@ -90,15 +105,19 @@ def read_anchor(
     return Anchor(
         safety,
         tuple(_numbered("log_probability", arrays)),
-        {name: weights[name].to(device) for name in parameters if name in weights},
+        {name: own_rows(weights[name], p).to(device) for name, p in parameters.items() if name in weights},
         arrays["sketch"],
         record["device"],
         arrays.get("eigenvalues"),
         arrays.get("coefficients"),
-        tuple(column.to(device) for column in _numbered("columns", arrays)),
+        tuple(own_vector(column, parameters).to(device) for column in _numbered("columns", arrays)),
         record["no_subspace"] or None,
         record["about"],
     )
+
+
+def _whole(p: Tensor, like: nn.Parameter) -> Tensor:
+    return whole(as_part(p, like))
 
 
 def _numbered(name: str, arrays: Mapping[str, Tensor]) -> list[Tensor]:

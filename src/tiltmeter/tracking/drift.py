@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from tiltmeter.geometry.sensitivity import Basis, DenseBasis, SampleBasis, Sensitivity
 from tiltmeter.geometry.space import dot, norm
 from tiltmeter.lm.forward import Forward
+from tiltmeter.lm.gathered import as_part, own_part
 from tiltmeter.lm.objective import likelihood_objective
 from tiltmeter.lm.sharding import whole
 from tiltmeter.tracking.anchor import Anchor, TrackerOptions
@@ -46,7 +47,10 @@ def subspace(anchor: Anchor, forward: Forward, pad: int, options: TrackerOptions
     if anchor.columns:
         basis = DenseBasis(forward.space, anchor.columns)
     elif anchor.weights:
-        frozen = {name: nn.Parameter(p, requires_grad=False) for name, p in anchor.weights.items()}
+        frozen = {
+            name: nn.Parameter(as_part(anchor.weights[name], p), requires_grad=False)
+            for name, p in forward.parameters.items()
+        }
         there = Forward(forward.model, frozen)
         score = likelihood_objective(there, anchor.safety.responses, pad, options.max_tokens, per="root")
         basis = SampleBasis(score, anchor.coefficients)
@@ -75,11 +79,11 @@ def measure_drift(
     if not anchor.weights:
         moved = sketch.of(whole(p.detach()) for p in forward.parameters.values()) - anchor.sketch if same else None
         reason = anchor.no_subspace or (
-            f"the trained space has {forward.space.size:,} parameters; above the limit only a sketch is kept"
+            f"the trained space has {forward.whole.size:,} parameters; above the limit only a sketch is kept"
         )
         return Drift(None if moved is None else float(moved.norm()), None, None, None, reason, moved)
-    parts = {name: _wide(p.detach()) - _wide(anchor.weights[name]) for name, p in forward.parameters.items()}
-    moved = sketch.of(parts.values()) if same else None
+    parts = {name: _wide(own_part(p)) - _wide(anchor.weights[name]) for name, p in forward.parameters.items()}
+    moved = sketch.of(whole(as_part(parts[name], p)) for name, p in forward.parameters.items()) if same else None
     if sensitivity is None or not (dear or isinstance(sensitivity.basis, DenseBasis)):
         size = math.sqrt(sum(dot(part.reshape(-1), part.reshape(-1)) for part in parts.values()))
         reason = anchor.no_subspace or "costs a JVP in this space; measured at steps 1, 2, 4, 8, ... and at the end"

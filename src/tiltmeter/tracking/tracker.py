@@ -20,6 +20,7 @@ from tiltmeter.errors import DegenerateError, InputError, OutputExists
 from tiltmeter.geometry.sensitivity import Sensitivity
 from tiltmeter.lm.forward import Forward
 from tiltmeter.lm.four_bit import count
+from tiltmeter.lm.gathered import parts_together
 from tiltmeter.lm.generation import generate
 from tiltmeter.lm.judge import judge_refusal
 from tiltmeter.lm.kl_and_margin import reads_packed, standing
@@ -94,10 +95,10 @@ class Tracker:
         self.loaded = wrap(model, tokenizer)
         safety_rows = list(read_rows(safety).rows if isinstance(safety, (str, Path)) else safety)
         self.forward = Forward(model, trainable(model, parts=True))
-        if self.forward.space.size == 0:
+        if self.forward.whole.size == 0:
             raise InputError("the model has no trainable parameters; mark those to be trained with requires_grad first")
         self._prompts = usable_prompts(self.loaded, safety_rows, self.options)
-        told = {"space": self.forward.space.digest, "safety": digest_of(safety_rows), **(about or {})}
+        told = {"space": self.forward.whole.digest, "safety": digest_of(safety_rows), **(about or {})}
         begin = time.perf_counter()
         self.anchor = self._open_anchor(safety_rows, told, resume)
         pad = self.loaded.tokenizer.pad_token_id
@@ -186,7 +187,7 @@ class Tracker:
         begin = time.perf_counter()
         training = begin - self._last if self.rows else 0.0
         model = self.forward.model
-        with undisturbed(model):
+        with undisturbed(model), parts_together(self.forward.parameters):
             kl, margin = self._standing(None)
             dear = final or (step & (step - 1)) == 0
             drift = measure_drift(self.anchor, self.forward, self._sensitivity, self.options, dear=dear)
@@ -243,7 +244,7 @@ class Tracker:
             return read_anchor(self.folder, self.options, about, self.forward.parameters)
         with undisturbed(self.forward.model):
             anchor = measure_anchor(self.loaded, rows, self.options)
-        write_anchor(self.folder, anchor, self.options, about)
+        write_anchor(self.folder, anchor, self.options, about, self.forward.parameters)
         return anchor
 
     def _open_schedule(self) -> Schedule:
@@ -259,7 +260,7 @@ class Tracker:
         if self.options.every is not None or (self.folder / SETTINGS).exists():
             return
         whole = sum(count(p) for p in self.forward.model.parameters())
-        share = self.forward.space.size / whole
+        share = self.forward.whole.size / whole
         work = self._standing.work + SKETCH_TOKENS * share
         self.schedule = Schedule(interval(work, tokens, frozen=share < 0.5), frozenset(self.options.also))
         store.write_text(self.folder / SETTINGS, json.dumps({"every": self.schedule.every}))
