@@ -154,21 +154,29 @@ def dtypes() -> Figures:
 
 
 def fsdp2() -> Figures:
-    """A LoRA assessment in one process and in two that hold half of the weights each: the largest size of a process."""
+    """Assessments in one process and in two that hold half of the weights each: the largest size of a process.
+
+    LoRA on 0.6 billion random weights; full fine-tuning of the 135 M-parameter model.
+    """
     folder = str(RIVAL.parent / ".venv-alignment-risk-inputs" / "fsdp2")
     size = alone("fsdp2-model", folder)["parameters"]
-    one = alone("fsdp2-assess", folder)
+    full = {f"full_{key}": value for key, value in _divided("fsdp2-full", folder).items()}
+    return {"parameters": size, **_divided("fsdp2-assess", folder), **full}
+
+
+def _divided(part: str, folder: str) -> Figures:
+    """One part in one process and in two."""
+    one = alone(part, folder)
     settings = ["--use_fsdp", "--fsdp_version", "2", "--num_processes", "2", "--num_machines", "1"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", *settings, "--mixed_precision", "no"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [*launch, "--dynamo_backend", "no", str(PARTS), "fsdp2-assess", folder]
+    command = [*launch, "--dynamo_backend", "no", str(PARTS), part, folder]
     subprocess.run(command, stdout=subprocess.DEVNULL, check=True, env=environment)
     two = [json.loads(Path(folder, f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2)]
     most = max(each["peak_gb"] for each in two)
     beyond = max(each["peak_gb"] - each["before_gb"] for each in two) / (one["peak_gb"] - one["before_gb"])
     same = max(abs(each["kl"] / one["kl"] - 1) for each in two)
     return {
-        "parameters": size,
         "one": one,
         "two": two,
         "memory_ratio": most / one["peak_gb"],
@@ -222,6 +230,7 @@ HEADLINES = {
     "tracker_overhead": ("tracker", "overhead"),
     "guard_step_ratio": ("guard", "step_ratio"),
     "fsdp2_memory_ratio": ("fsdp2", "memory_ratio"),
+    "fsdp2_full_memory_ratio": ("fsdp2", "full_memory_ratio"),
     **{
         f"{short}_{key}": ("dtypes", f"{short}_{key}")
         for short in ("bf16", "nf4")

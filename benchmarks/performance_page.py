@@ -77,6 +77,7 @@ ROWS: dict[str, tuple[str, str, str]] = {
         "<= 1.3",
         ".2f",
     ),
+    "fsdp2_full_memory_ratio": ("the same in full fine-tuning, where vectors are divided too", "<= 0.65", ".2f"),
     "fsdp2_memory_ratio": ("memory per process on 2 processes of FSDP2 over one", "<= 0.65", ".2f"),
     **{
         f"{short}_{key}": (what.format(name), "", form)

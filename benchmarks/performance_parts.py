@@ -417,8 +417,22 @@ def fsdp2_assess(folder: str) -> Figures:
     """A LoRA assessment of that model in this process, or in this process's part of several; its largest size."""
     recipe = Recipe(learning_rate=1e-4, steps=8, batch_size=2, lora=Lora(8, 16.0, ("q_proj", "v_proj")))
     options = Options(max_safety=2, max_tuning=2, rank=1, response_tokens=4, grid=2, coupling=False)
+    return _sized(folder, (folder, "demo:tiny-safety", "demo:tiny-copy"), recipe, options)
+
+
+def fsdp2_full(folder: str) -> Figures:
+    """The same of the embedded 135 M-parameter model in full fine-tuning."""
+    recipe = Recipe(learning_rate=2e-5, steps=8, batch_size=2)
+    options = Options(
+        max_safety=2, max_tuning=4, rank=1, groups=2, response_tokens=4, max_length=64, grid=2, coupling=False
+    )
+    names = str(embedded("demo:base").folder), "demo:strongreject-small", "demo:general-qa"
+    return _sized(folder, names, recipe, options)
+
+
+def _sized(folder: str, names: tuple[str, str, str], recipe: Recipe, options: Options) -> Figures:
     before = peak_gb()
-    told = assess(folder, "demo:tiny-safety", "demo:tiny-copy", recipe, options, device="cpu").record
+    told = assess(*names, recipe, options, device="cpu").record
     found = {"before_gb": before, "peak_gb": peak_gb(), "kl": told["forecast"]["safety_kl"]["value"][-1]}
     if launched() > 1:
         Path(folder, f"{os.environ['RANK']}.json").write_text(json.dumps(found), encoding="utf-8")
@@ -445,5 +459,6 @@ if __name__ == "__main__":
         "dtypes-kl": dtypes_kl,
         "fsdp2-model": fsdp2_model,
         "fsdp2-assess": fsdp2_assess,
+        "fsdp2-full": fsdp2_full,
     }
     print(json.dumps(run[part](*words)))

@@ -314,7 +314,7 @@ def test_divided_weights_go_on_from_a_checkpoint(forked: tuple[Path, dict[str, l
 def test_with_divided_weights_an_assessment_is_that_of_whole_ones(
     which: str, forked: tuple[Path, dict[str, list[Ended]]]
 ) -> None:
-    """FSDP2. All numbers but those of the Hessian product, which is a difference there: its error is stated here."""
+    """FSDP2. In full fine-tuning all but what a Hessian product enters, which is a difference there, to 5 %."""
     folder, done = forked
     for process in done["divide"]:
         assert process.returncode == 0, process.stderr[-3000:]
@@ -324,12 +324,12 @@ def test_with_divided_weights_an_assessment_is_that_of_whole_ones(
     assert 0.4 < first["share"] < 0.6
     made = full_assessment() if which == "told_full" else assess(*NAMES, RECIPE, OPTIONS, device="cpu").record
     alone = json.loads(json.dumps(made))
-    one, two = (held["aic"].pop("curvature_coupling")["high"] for held in (alone, first[which]))
-    assert two == pytest.approx(one, rel=0.05)
-    for held in (alone, first[which]):  # what gamma enters
-        held["reasons"].pop("aic.curvature_coupling.value", None)  # so near zero that rounding says which side it is on
-        for key in ("gamma_full", "cross_term", "crossover", "crossover_steps"):
-            held["aic"].pop(key)
+    if which == "told_full":
+        one, two = (held["aic"].pop("curvature_coupling")["high"] for held in (alone, first[which]))
+        assert two == pytest.approx(one, rel=0.05)
+        for held in (alone, first[which]):  # what gamma enters
+            for key in ("gamma_full", "cross_term", "crossover", "crossover_steps"):
+                held["aic"].pop(key)
     compare({"told": first[which]}, {"told": alone})
 
 

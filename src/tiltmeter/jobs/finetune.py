@@ -146,8 +146,7 @@ def finetune(
 
     Started in several processes (`accelerate launch`, torchrun), it trains with the trainer's own data parallelism; the
     main process alone measures and writes, and the others come back with an empty record. Where they divide the weights
-    (FSDP2), all of them measure, since a layer is gathered by all. In full fine-tuning the trained weights are divided:
-    KL, margin and the length of the way are measured there, and there is no safety subspace.
+    (FSDP2), all of them measure, since a weight is gathered by all.
 
     Returns: the track, also written to `out`; the record comes last.
 

@@ -33,7 +33,6 @@ from tiltmeter.lm.processes import least_of_all
 from tiltmeter.lm.rows import RowSet
 from tiltmeter.lm.safety import SafetySet, prepare_safety
 from tiltmeter.lm.scores import Score, sampled_labels, score_loss
-from tiltmeter.lm.sharding import is_divided
 
 #: Tokens per micro-batch in a large space, where vectors of the space take the memory.
 LARGE_TOKENS = 192
@@ -227,8 +226,9 @@ def measure_subject(
     forward = Forward(loaded.model, trainable(loaded.model, parts=True))
     if listen is not None:
         listen(forward.passes)
-    # in a large space Hessian products are differences of gradients: two passes, and no second graph in memory
-    plain = forward.whole.size <= LARGE and not is_divided(loaded.model)
+    # in a large space Hessian products are differences of gradients: two passes, and no second graph in memory; of
+    # divided weights too, for backward mode twice, by which exact ones are tried, would need the parts of all processes
+    plain = forward.whole.size <= LARGE and not forward.in_parts
     hessian: Literal["exact", "difference"] = "exact" if plain else "difference"
     if safety is None:
         report("answers of the aligned model")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +17,7 @@ from tiltmeter.geometry.objective import Passes
 from tiltmeter.geometry.space import ParameterSpace, vectors_in_parts
 from tiltmeter.lm.conversation import Batch
 from tiltmeter.lm.gathered import gathering, own_part, standard_normal
-from tiltmeter.lm.sharding import is_part
+from tiltmeter.lm.sharding import is_divided, is_part
 from tiltmeter.lm.template import UNSUPERVISED
 
 
@@ -107,12 +108,13 @@ class Forward:
         narrow = "logits_to_keep" in inspect.signature(inner.forward).parameters
         if narrow:
             inputs["logits_to_keep"] = keep.to(self.device)
+        whole, parts = dict(parameters), dict[int, Tensor]()
         if self.in_parts:
             live = dict(self.model.named_parameters())  # what is trained, though the anchor is elsewhere
-            with gathering(self.model, {id(live[name]): parameters[name] for name in self.parameters}):
-                out: Tensor = self.model(**inputs).logits
-        else:
-            out = functional_call(self.model, dict(parameters), (), inputs, tie_weights=True).logits
+            whole, parts = {}, {id(live[name]): parameters[name] for name in self.parameters}
+        back = torch.is_grad_enabled() and any(p.requires_grad for p in parameters.values())
+        with gathering(self.model, parts, back=back) if is_divided(self.model) else nullcontext():
+            out: Tensor = functional_call(self.model, whole, (), inputs, tie_weights=True).logits
         if not narrow:
             out = out[:, keep.to(self.device)]
         return _full(batch.arrange(out)), targets.to(self.device)

@@ -133,8 +133,11 @@ def parts_together(parameters: Mapping[str, nn.Parameter]) -> AbstractContextMan
 
 def own_part(p: Tensor) -> Tensor:
     """What this process has of a parameter, detached; all of it where it is not divided."""
-    held: Tensor = p.detach().to_local() if is_part(p) else p.detach()  # type: ignore[attr-defined]
-    return held
+    if not is_part(p):
+        return p.detach()
+    with torch.no_grad():  # then it is no operation, which inside a transform of `torch.func` would give another tensor
+        held: Tensor = p.to_local()  # type: ignore[attr-defined]
+    return held.detach() if held.requires_grad else held
 
 
 def as_part(own: Tensor, p: Any) -> Tensor:
@@ -226,7 +229,11 @@ def standard_normal(parameters: Mapping[str, nn.Parameter], seed: int, dtype: to
 
 @contextmanager
 def gathering(
-    model: nn.Module, values: Mapping[int, Tensor], made: Callable[[Tensor, int], Tensor] | None = None
+    model: nn.Module,
+    values: Mapping[int, Tensor],
+    made: Callable[[Tensor, int], Tensor] | None = None,
+    *,
+    back: bool = True,
 ) -> Iterator[None]:
     """Run a divided model on given parts of its weights, gathering each when its module is called.
 
@@ -237,11 +244,11 @@ def gathering(
         values: id of a parameter -> this process's part of what stands for it, which may carry a tangent or require a
             gradient; parameters that are not named stand for themselves.
         made: given a gathered weight and its parameter's id, returns what the module is to use.
+        back: whether there is a way back; not inside the transforms of `torch.func`.
 
     Cost: a gathering of every module's weights in each pass through it, forwards and backwards.
     """
     let_go(model)
-    back = made is not None or any(value.requires_grad for value in values.values())
     alive: dict[int, tuple[Any, Tensor, Part]] = {}
     inside: list[tuple[nn.Module, dict[str, nn.Parameter]]] = []
 
@@ -262,6 +269,8 @@ def gathering(
             module._parameters.update(inside.pop()[1])
 
     def pack(tensor: Tensor) -> Any:
+        if tensor._is_zerotensor():  # the tangent of a constant, in forward mode: it has no memory
+            return tensor
         found = alive.get(tensor.untyped_storage().data_ptr())
         if found is None or found[0]() is None:  # another tensor where a weight was before
             return tensor

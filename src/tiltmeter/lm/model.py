@@ -203,7 +203,7 @@ def trainable(model: nn.Module, *, parts: bool = False) -> dict[str, nn.Paramete
 
     Args:
         model: that is trained.
-        parts: take parameters that are divided among processes too: of these no products can be formed.
+        parts: take parameters that are divided among processes too, for work that keeps to `gathered.parts_together`.
 
     Raises:
         UnsupportedModel: one of them is divided among processes (FSDP2, tensor parallelism): its products would be
@@ -213,10 +213,9 @@ def trainable(model: nn.Module, *, parts: bool = False) -> dict[str, nn.Paramete
     for name, p in found.items():
         if is_part(p) and not parts:
             raise UnsupportedModel(
-                f"parameter {name} is divided among processes (a DTensor, as fully_shard makes them), and this version "
+                f"parameter {name} is divided among processes (a DTensor, as fully_shard makes them), and this work "
                 "differentiates whole parameters only. Give a LoRA recipe (--lora-r), whose factors are added to the "
-                "divided model and are whole, fine-tune without a guard, which needs no products, or launch without "
-                "dividing it."
+                "divided model and are whole, or launch without dividing it."
             )
     return found
 

@@ -1,10 +1,8 @@
 """Models whose weights are divided among processes (FSDP2), as transformers loads them.
 
 `accelerate launch --use_fsdp --fsdp_version 2` asks for it through the environment. Every process then reads and keeps
-only its part of the weights and gathers a layer when it comes to it. LoRA's factors are added afterwards and are whole
-everywhere, so that vectors, products and forecasts are those of one process. Double backward does not pass through
-gathered layers: Hessian products are differences of gradients there. Where the divided weights themselves are trained,
-the model can be measured as it stands, and no vector of parameters is formed.
+only its part of the weights. LoRA's factors are added afterwards and are whole everywhere; where the divided weights
+themselves are trained, each process has its part of every vector. `gathered` forms products of such a model.
 """
 
 from __future__ import annotations

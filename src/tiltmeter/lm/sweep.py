@@ -18,7 +18,7 @@ from tiltmeter.lm.factors import Pieces, wide
 from tiltmeter.lm.gathered import gathering
 from tiltmeter.lm.layers import Recorder
 from tiltmeter.lm.model import undisturbed
-from tiltmeter.lm.sharding import is_part
+from tiltmeter.lm.sharding import is_divided, is_part
 
 Loss = Callable[[Tensor, Tensor], Tensor]
 Data = Sequence[tuple[Tensor, Tensor]]
@@ -87,8 +87,7 @@ def _recorded(model: Any, parameters: Mapping[str, nn.Parameter], recorder: Reco
         recorder.stands_for(leaf, chosen[number])
         return leaf
 
-    divided = any(is_part(p) for p in parameters.values())
-    with undisturbed(model), torch.enable_grad(), gathering(model, {}, made) if divided else nullcontext():
+    with undisturbed(model), torch.enable_grad(), gathering(model, {}, made) if is_divided(model) else nullcontext():
         try:
             for layer in layers:
                 layer.training, layer._gradient_checkpointing_func = True, again
