@@ -8,7 +8,7 @@ Sections (see `performance_parts.py`): fisher (4.2 M-parameter Llama of random w
 which gets an environment of its own, `.venv-alignment-risk`, with torch borrowed from ours), peers (Hessian products by
 curvlinops and hessian-eigenthings, in `.venv-peers`), gram and products
 (SmolLM2-135M-Instruct), scaling, tracker, guard, assess (read off assess-cost-full.json), dtypes (the aligned model in
-float32, bfloat16 and four bits) and fsdp2. Every section goes into benchmarks/results/performance.json and
+float32, bfloat16 and four bits), fsdp2 and fsdp2_full. Every section goes into benchmarks/results/performance.json and
 docs/performance.md as soon as it is done, with its own date.
 
 Ratios with `fb` in their names are in forward+backward passes over the same data.
@@ -154,18 +154,20 @@ def dtypes() -> Figures:
 
 
 def fsdp2() -> Figures:
-    """Assessments in one process and in two that hold half of the weights each: the largest size of a process.
-
-    LoRA on 0.6 billion random weights; full fine-tuning of the 135 M-parameter model.
-    """
+    """A LoRA assessment of 0.6 billion random weights in one process and in two that hold half of the weights each."""
     folder = str(RIVAL.parent / ".venv-alignment-risk-inputs" / "fsdp2")
-    size = alone("fsdp2-model", folder)["parameters"]
-    full = {f"full_{key}": value for key, value in _divided("fsdp2-full", folder).items()}
-    return {"parameters": size, **_divided("fsdp2-assess", folder), **full}
+    return {"parameters": alone("fsdp2-model", folder)["parameters"], **_divided("fsdp2-assess", folder)}
+
+
+def fsdp2_full() -> Figures:
+    """A full fine-tuning assessment of the 135 M-parameter model, likewise: vectors are divided too."""
+    folder = RIVAL.parent / ".venv-alignment-risk-inputs" / "fsdp2-full"
+    folder.mkdir(parents=True, exist_ok=True)
+    return _divided("fsdp2-full", str(folder))
 
 
 def _divided(part: str, folder: str) -> Figures:
-    """One part in one process and in two."""
+    """One part in one process and in two: the largest size of a process."""
     one = alone(part, folder)
     settings = ["--use_fsdp", "--fsdp_version", "2", "--num_processes", "2", "--num_machines", "1"]
     launch = [sys.executable, "-m", "accelerate.commands.launch", *settings, "--mixed_precision", "no"]
@@ -209,6 +211,7 @@ SECTIONS: dict[str, Callable[[], Figures]] = {
     "assess": assess,
     "dtypes": dtypes,
     "fsdp2": fsdp2,
+    "fsdp2_full": fsdp2_full,
 }
 
 #: Key of the result -> section, key there.
@@ -230,7 +233,7 @@ HEADLINES = {
     "tracker_overhead": ("tracker", "overhead"),
     "guard_step_ratio": ("guard", "step_ratio"),
     "fsdp2_memory_ratio": ("fsdp2", "memory_ratio"),
-    "fsdp2_full_memory_ratio": ("fsdp2", "full_memory_ratio"),
+    "fsdp2_full_memory_ratio": ("fsdp2_full", "memory_ratio"),
     **{
         f"{short}_{key}": ("dtypes", f"{short}_{key}")
         for short in ("bf16", "nf4")
