@@ -1,4 +1,4 @@
-"""Two processes (gloo) give the numbers of one, and a model that is divided among processes is refused."""
+"""Two processes (gloo) give the numbers of one; what cannot work on a divided model refuses it."""
 
 from __future__ import annotations
 

@@ -107,6 +107,7 @@ def _check_arguments(args: TrainingArguments) -> None:
         )
     if args.deepspeed or getattr(args, "fsdp", None):
         raise UnsupportedModel(
-            "guards see whole parameters and their optimiser; under DeepSpeed or FSDP every process holds a part of "
-            "them. Train on one device, or with plain data parallelism"
+            "a guard is built from the aligned model before a trainer divides it among processes, as DeepSpeed and "
+            "TrainingArguments(fsdp=...) do. Use tiltmeter finetune under accelerate launch --use_fsdp "
+            "--fsdp_version 2, which divides the model first, or train on one device or with plain data parallelism"
         )
