@@ -187,6 +187,19 @@ def _divided(part: str, folder: str) -> Figures:
     }
 
 
+def guard(regime: str) -> Figures:
+    """Mean step of a fine-tune and its memory under `budget`, over those of one without."""
+    free, held = (alone("guard", regime, name) for name in ("none", "budget"))
+    return {
+        "safety_prompts": 12,
+        "none": free,
+        "budget": held,
+        "step_ratio": held["step_cpu_s"] / free["step_cpu_s"],
+        "held_ratio": held["held_gb"] / held["trained_gb"],
+        "peak_ratio": held["peak_gb"] / free["peak_gb"],
+    }
+
+
 def assess() -> Figures:
     """One whole assessment of the 135 M-parameter model, counted; benchmarks/assess_cost.py measures it."""
     told = json.loads(ASSESSMENT.read_text(encoding="utf-8"))
@@ -207,7 +220,8 @@ SECTIONS: dict[str, Callable[[], Figures]] = {
     "products": lambda: alone("products"),
     "scaling": lambda: alone("scaling"),
     "tracker": lambda: alone("tracker"),
-    "guard": lambda: alone("guard"),
+    "guard": lambda: guard("lora"),
+    "guard_full": lambda: guard("full"),
     "assess": assess,
     "dtypes": dtypes,
     "fsdp2": fsdp2,
@@ -232,6 +246,9 @@ HEADLINES = {
     "assess_peak_gb": ("assess", "peak_gb"),
     "tracker_overhead": ("tracker", "overhead"),
     "guard_step_ratio": ("guard", "step_ratio"),
+    "guard_full_step_ratio": ("guard_full", "step_ratio"),
+    "guard_full_held_ratio": ("guard_full", "held_ratio"),
+    "guard_full_peak_ratio": ("guard_full", "peak_ratio"),
     "fsdp2_memory_ratio": ("fsdp2", "memory_ratio"),
     "fsdp2_full_memory_ratio": ("fsdp2_full", "memory_ratio"),
     **{

@@ -77,8 +77,23 @@ ROWS: dict[str, tuple[str, str, str]] = {
         "<= 1.3",
         ".2f",
     ),
-    "fsdp2_full_memory_ratio": ("the same in full fine-tuning, where vectors are divided too", "<= 0.65", ".2f"),
-    "fsdp2_memory_ratio": ("memory per process on 2 processes of FSDP2 over one", "<= 0.65", ".2f"),
+    "guard_full_step_ratio": ("the same in full fine-tuning", "<= 1.3", ".2f"),
+    "guard_full_held_ratio": (
+        "what the guard keeps there between two events, at the most, over the weights",
+        "<= 1",
+        ".2f",
+    ),
+    "guard_full_peak_ratio": ("largest memory of the process under the guard there, over that without", "", ".2f"),
+    "fsdp2_memory_ratio": (
+        "memory of a LoRA assessment per process on 2 processes of FSDP2 over one, 0.6 B, libraries included",
+        "<= 0.65",
+        ".2f",
+    ),
+    "fsdp2_full_memory_ratio": (
+        "the same in full fine-tuning, where vectors are divided too, 135 M",
+        "<= 0.65",
+        ".2f",
+    ),
     **{
         f"{short}_{key}": (what.format(name), "", form)
         for short, name in (("bf16", "bfloat16"), ("nf4", "four bits"))

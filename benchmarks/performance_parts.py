@@ -323,27 +323,33 @@ class CpuClock(TrainerCallback):  # type: ignore[misc]  # transformers has no ty
         self.seconds.append(time.process_time() - self.begin)
 
 
-def guard() -> Figures:
-    """Mean step of a LoRA fine-tune, a tenth of whose rows are harmful: by itself, and under `budget` as it comes."""
-    recipe = replace(RECIPES["lora"], batch_size=8, steps=24, learning_rate=5e-4, max_length=256)
-    out: Figures = {"safety_prompts": 12}
-    for name in ("none", "budget"):
-        opened = with_lora(open_model(MODEL, device="cpu"), recipe.lora, 0)
-        loaded, clock = opened.loaded, CpuClock()
-        tuned = [*demo.rows("demo:gsm8k")[:90], *demo.rows("demo:harmful-openings")[:10]]
-        rows = encode(tuned, loaded.tokenizer, recipe.max_length).examples
-        guards = [guard_callback(name, opened, demo.rows(SAFETY)[:12])] if name == "budget" else []
-        with tempfile.TemporaryDirectory() as folder:
-            fields = arguments_of(recipe, {"save_strategy": "no"}, Path(folder), loaded.model.device)
-            train(build_trainer(loaded, rows, recipe, fields), [clock, *guards], None)
-        out["tokens_a_step"] = recipe.batch_size * sum(len(row.tokens) for row in rows) / len(rows)
-        out[f"{name}_step_cpu_s"] = sum(clock.seconds) / len(clock.seconds)
-        for each in guards:
-            out["decisions"] = [[entry.step, entry.what] for entry in each.log]
-            out["held_gb"] = (
-                sum(held.numel() * held.element_size() for held in each.guard.memory.tensors.values()) / 1e9
-            )
-    return {**out, "step_ratio": out["budget_step_cpu_s"] / out["none_step_cpu_s"]}
+def guard(regime: str, name: str) -> Figures:
+    """A fine-tune, a tenth of whose rows are harmful, by itself ("none") or under a guard as it comes."""
+    recipe = replace(RECIPES[regime], batch_size=8, steps=24, max_length=256)
+    recipe = replace(recipe, learning_rate=5e-4 if regime == "lora" else 2e-5)
+    opened = open_model(MODEL, device="cpu")
+    opened = with_lora(opened, recipe.lora, 0) if recipe.lora else opened
+    loaded, clock = opened.loaded, CpuClock()
+    weights = sum(p.numel() * p.element_size() for p in trainable(loaded.model).values())
+    tuned = [*demo.rows("demo:gsm8k")[:90], *demo.rows("demo:harmful-openings")[:10]]
+    rows = encode(tuned, loaded.tokenizer, recipe.max_length).examples
+    guards = [] if name == "none" else [guard_callback(name, opened, demo.rows(SAFETY)[:12])]
+    before = peak_gb()
+    with tempfile.TemporaryDirectory() as folder:
+        fields = arguments_of(recipe, {"save_strategy": "no"}, Path(folder), loaded.model.device)
+        train(build_trainer(loaded, rows, recipe, fields), [clock, *guards], None)
+    out: Figures = {
+        "step_cpu_s": sum(clock.seconds) / len(clock.seconds),
+        "before_gb": before,
+        "peak_gb": peak_gb(),
+        "tokens_a_step": recipe.batch_size * sum(len(row.tokens) for row in rows) / len(rows),
+        "trained_gb": weights / 1e9,
+    }
+    for each in guards:
+        assert each.session is not None
+        out["decisions"] = [[entry.step, entry.what] for entry in each.log]
+        out["held_gb"] = each.session.most / 1e9
+    return out
 
 
 def dtypes_model(folder: str) -> Figures:

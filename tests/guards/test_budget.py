@@ -99,6 +99,38 @@ def test_few_examples_a_step_are_averaged_over_the_last_steps(monkeypatch):
     assert guard.memory.numbers["shaped"] == 4
 
 
+@pytest.mark.parametrize(
+    ("every", "used", "replaying", "taken"),
+    [
+        (4, 0.5, 0, [3, 4, 5, 7, 9]),
+        (4, 0.7, 0, range(3, 10)),
+        (4, 0.5, 1, range(3, 10)),
+        (1, 0.5, 0, range(3, 10)),
+    ],
+    ids=["calm", "near the budget", "replaying", "small space"],
+)
+def test_in_large_spaces_and_calm_the_safety_gradient_is_taken_at_every_second_step(
+    every, used, replaying, taken, monkeypatch
+):
+    """What is taken out of the task's gradient in between is that of the step before; not until the first look."""
+    guard = CurvatureBudget(budget_kl=1e-2, every=every, examples=ALL)
+    _, model = begun(guard, used, "sgd")
+    guard.memory.numbers["replaying"] = replaying
+    task, asked = model.gradient(), []
+    found = {i: random(len(task), 10 + i) for i in range(3, 10)}
+    monkeypatch.setattr(type(model.safety.divergence), "gradient", lambda self, w: asked.append(1) or found[model.step])
+    for step_now in range(3, 10):
+        model.step, before = step_now, len(asked)
+        model.write_gradient(task)
+        guard.shape_gradient(model)
+        assert (len(asked) > before) == (step_now in taken)
+        safety = found[max(i for i in taken if i <= step_now)]
+        wanted = task - safety * min(0.0, float(task @ safety)) / (safety @ safety)
+        length = 0.3 * torch.linalg.vector_norm(task) / torch.linalg.vector_norm(safety)
+        torch.testing.assert_close(model.gradient(), wanted + replaying * length * safety)
+        torch.testing.assert_close(guard.memory.tensors["slope"], safety)
+
+
 @pytest.mark.parametrize("strength", [1.0, 0.25])
 @pytest.mark.parametrize("used", [0.3, 0.8])
 def test_near_the_budget_the_update_does_not_raise_kl_either(used, strength):
@@ -126,7 +158,7 @@ def test_replay_begins_after_a_retreat_grows_with_further_ones_and_ends(monkeypa
     for now in (0.0095, 0.02, 0.02, 0.02, 0.02, 0.02, 0.02, 0.0095, 0.005):
         kl["now"] = now
         model.step += 10
-        guard._control(model, budget.CEILING)
+        guard._control(model, budget.CEILING, model.vector())
         shares.append(numbers["share"] if numbers["replaying"] else 0.0)
     assert shares == pytest.approx([0.0, 0.3, 0.6, 1.2, 2.4, 2.4, 2.4, 2.4, 0.0])  # at most eight times
     assert numbers["share"] == pytest.approx(1.2)
@@ -139,7 +171,7 @@ def test_a_pull_back_that_finds_no_way_down_calls_for_replay(monkeypatch):
     _, model = begun(guard, 0.95)
     monkeypatch.setattr(type(model.safety), "heldout", lambda self: 0.0095)
     monkeypatch.setattr(budget, "pull_back", lambda *given: PulledBack(0.0095, "nowhere"))
-    guard._control(model, budget.CEILING)
+    guard._control(model, budget.CEILING, model.vector())
     assert guard.memory.numbers["replaying"]
 
 
@@ -150,7 +182,7 @@ def test_in_large_spaces_replay_begins_where_the_next_look_would_be_too_late(eve
     _, model = begun(guard, 0.0)
     monkeypatch.setattr(type(model.safety), "heldout", lambda self: now)
     guard.memory.numbers["checked"], model.step = 0, 4
-    guard._control(model, budget.CEILING)
+    guard._control(model, budget.CEILING, model.vector())
     assert guard.memory.numbers["replaying"] == replaying
 
 
@@ -163,7 +195,7 @@ def test_one_pull_back_upon_another_calls_for_replay(every, monkeypatch):
         monkeypatch.setattr(budget, "pull_back", lambda *given: PulledBack(0.008, "down"))
         for _ in range(2):
             assert not guard.memory.numbers["replaying"]
-            guard._control(model, budget.CEILING)
+            guard._control(model, budget.CEILING, model.vector())
             model.step += apart
         assert guard.memory.numbers["replaying"] == replaying
 

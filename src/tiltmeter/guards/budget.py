@@ -26,9 +26,10 @@ from torch import Tensor
 from tiltmeter.errors import InputError
 from tiltmeter.geometry.motion import narrow
 from tiltmeter.geometry.sensitivity import Basis, DenseBasis, SampleBasis
-from tiltmeter.geometry.space import dot, norm, products
+from tiltmeter.geometry.space import BLOCK, dot, norm, products
 from tiltmeter.guards.contract import Memory, require_strength
 from tiltmeter.guards.hold import hold
+from tiltmeter.guards.landmark import longest_ways, place, reaches, recall
 from tiltmeter.guards.pullback import pull_back
 from tiltmeter.guards.safety import draw
 from tiltmeter.guards.surgery import remove_conflict
@@ -63,7 +64,10 @@ class CurvatureBudget:
         strength: share of a move out of the ellipsoid that is taken back.
         budget_kl: largest tolerable held-out safety KL, nats (per token); 0 keeps every sensitive direction still.
         rank: most directions.
-        every: steps between two projections; more than one is for large spaces, where each costs two passes.
+        every: steps between two projections; more than one is for large spaces, where each costs passes. There KL is
+            measured at every projection, the safety gradient of the step before does at every second step while KL is
+            not near the budget, and the weights inside are kept in two bytes a number where the optimiser allows it
+            (`landmark`).
         refresh: steps between two measurements of the directions, at first.
         check: most steps between two measurements of held-out KL; 0 for none, and then for the ellipsoid alone: no
             surgery, pull-back or replay, as with a budget of 0.
@@ -105,39 +109,78 @@ class CurvatureBudget:
         self.memory.tensors.clear()  # of another run
         self.memory.numbers.clear()
         self.memory.numbers.update(interval=self.refresh, wait=1, next_check=1, replaying=0, share=self.replay_share)
-        if self.check:
-            self.memory.tensors["inside"] = model.vector()
+        if self.check and self.budget_kl > 0:
+            self._remember(model)
         self._measure(model)
 
     def shape_gradient(self, model: Trainee) -> None:
         """Keep the task's gradient from raising KL; replay where it is called for.
 
-        The weights before the update are kept, for `shape_update` to compare with.
+        The weights before the update are kept, for `shape_update` to compare with, unless they are those inside the
+        budget, which are kept in any case.
 
-        Cost: a backward pass over `examples` examples; none at the anchor, where KL has no gradient.
+        Cost: a backward pass over `examples` examples, in large spaces often at every second step only; none at the
+            anchor, where KL has no gradient.
         """
-        if "before" not in self.memory.tensors:
-            self.memory.tensors["before"] = model.vector()
+        self._keep_before(model)
         if not self.check or self.budget_kl == 0 or model.step == 0:
             return
         numbers, divergence = self.memory.numbers, model.safety.divergence
-        safety = divergence.gradient(draw(divergence.m, self.examples, model.seed + model.step))
         past = self.memory.tensors.get("slope")
-        slope = safety
-        if past is not None and self.examples < divergence.m:
-            slope = safety.lerp(past.to(safety), REMEMBERED)
+        replaying = bool(numbers["replaying"])
+        if past is None or replaying or not self._calm(model) or model.step % 2:
+            safety = divergence.gradient(draw(divergence.m, self.examples, model.seed + model.step))
+            slope = safety.clone() if replaying else safety
+            if past is not None and self.examples < divergence.m:
+                for mine, theirs in zip(torch.split(slope, BLOCK), torch.split(past, BLOCK), strict=True):
+                    mine.lerp_(theirs.to(mine), REMEMBERED)
+        else:
+            safety = slope = past
         task = model.gradient()
-        share = self.strength * numbers["share"] * norm(task) if numbers["replaying"] else 0.0
+        share = self.strength * numbers["share"] * norm(task) if replaying else 0.0
         metric = model.preconditioner() if self._used() > NEAR else None
         changed = remove_conflict(task, slope, self.strength, metric)
         numbers["shaped"] = numbers.get("shaped", 0) + 1
         numbers["conflicts"] = numbers.get("conflicts", 0) + changed
         if share and (length := norm(safety)) > 0:
-            task.add_(safety.to(task), alpha=share / length)
+            task.add_(safety, alpha=share / length)
             changed = True
         if changed:
             model.write_gradient(task)
         self.memory.tensors["slope"] = narrow(slope)
+
+    def _calm(self, model: Trainee) -> bool:
+        """Whether the safety gradient of the step before will do: in large spaces, where a gradient is dear, past the
+        first look, before which it still turns fast, and while KL is not near the budget.
+        """
+        return 1 < self.every < model.step and self._used() <= NEAR
+
+    def _keep_before(self, model: Trainee) -> None:
+        tensors = self.memory.tensors
+        if not self.memory.numbers.get("inside_is_before"):
+            tensors.setdefault("before", model.vector())
+        elif "units" in tensors and not reaches(tensors["units"], longest_ways(model, self.every)):
+            # the learning rate has grown beyond what two bytes can follow
+            tensors["inside"] = recall(model, tensors["inside"], tensors.pop("units"))
+
+    def _remember(self, model: Trainee) -> None:
+        """Keep the weights as they stand as those inside the budget; in two bytes where vectors are large.
+
+        Until the next update they are the weights before it, too.
+        """
+        tensors = self.memory.tensors
+        tensors.pop("units", None)
+        ways = longest_ways(model, self.every) if self.every > 1 else None
+        if ways is None:
+            tensors["inside"] = model.vector()
+        else:
+            tensors["inside"], tensors["units"] = place(model, ways)
+        self.memory.numbers["inside_is_before"] = 1
+
+    def _inside(self, model: Trainee) -> Tensor | None:
+        """Weights [n] that were inside the budget, if any are kept; in two bytes, to be asked before a guard moves."""
+        inside, units = (self.memory.tensors.get(name) for name in ("inside", "units"))
+        return inside if inside is None or units is None else recall(model, inside, units)
 
     def _used(self) -> float:
         """Share of the budget that the held-out KL has used up, when it was last measured; 0 without a budget."""
@@ -146,13 +189,17 @@ class CurvatureBudget:
 
     def shape_update(self, model: Trainee) -> None:
         """Hold the update to the ellipsoid; measure directions and held-out KL when due."""
-        numbers = self.memory.numbers
-        before = self.memory.tensors.pop("before")
+        numbers, tensors = self.memory.numbers, self.memory.tensors
+        inside = self._inside(model)
+        before = tensors.pop("before", inside)
+        numbers["inside_is_before"] = 0
+        if before is None:
+            raise InputError("guard budget: an update came before its gradient; call the events in their order")
         self._project(model, before)
         self._level(model, before)
         last = model.step == model.steps  # a checkpoint may be saved before `finish`
-        if self.check and (last or model.step >= numbers["next_check"]):
-            self._control(model, 1.0 if last else CEILING)
+        if self.check and (last or self.every > 1 or model.step >= numbers["next_check"]):
+            self._control(model, 1.0 if last else CEILING, inside)
         felt = not self.check or numbers.get("kl", 0.0) >= FELT * self.budget_kl
         if felt and not last and model.step >= numbers["next_refresh"]:
             self._measure(model)
@@ -161,7 +208,7 @@ class CurvatureBudget:
         """Measure held-out KL a last time, unless it was after the last step; pull back if it exceeds the budget."""
         numbers = self.memory.numbers
         if self.check and numbers.get("checked") != model.step:
-            self._control(model, 1.0)
+            self._control(model, 1.0, self._inside(model))
         if shaped := numbers.get("shaped"):
             why = f"task and safety conflicted in {numbers['conflicts']:g} of {shaped:g} steps"
             self.memory.note(model.step, "finished", why)
@@ -241,25 +288,25 @@ class CurvatureBudget:
         slope = self.memory.tensors.get("slope")
         if slope is None or self._used() <= NEAR:
             return
-        moved = model.moved(before)
-        slope = slope.to(moved)
-        if (rise := dot(slope, moved)) <= 0:
+        if (rise := dot(slope, model.moved(before))) <= 0:
             return
         d = model.preconditioner()
-        direction = slope if d is None else slope * d
-        move = direction.mul(-self.strength * rise / dot(slope, direction))
+        direction = slope.to(before, copy=True) if d is None else d.mul_(slope)
+        move = direction.mul_(-self.strength * rise / dot(slope, direction))
         model.write(model.vector().add_(move))
         self.memory.tensors["z"] += self._basis(model).coordinates(move).double().cpu()
 
-    def _control(self, model: Trainee, ceiling: float) -> None:
+    def _control(self, model: Trainee, ceiling: float, inside: Tensor | None) -> None:
         """Measure held-out KL, pull back above a share of the budget, begin or end replay, say when to look again."""
         numbers, tensors, budget = self.memory.numbers, self.memory.tensors, self.budget_kl
         kl, last = model.safety.heldout(), numbers.get("kl", 0.0)
         rate = max(0.0, math.sqrt(max(0.0, kl)) - math.sqrt(max(0.0, last))) / max(
             1, model.step - numbers.get("checked", 0)
         )
-        if kl > ceiling * budget and budget > 0:
-            result = pull_back(model, kl, RESERVE * budget, budget, tensors["inside"], tensors.get("slope"))
+        retreated = False
+        if kl > ceiling * budget and inside is not None:
+            result = pull_back(model, kl, RESERVE * budget, budget, inside, tensors.get("slope"))
+            retreated = result.retreated
             self.memory.note(model.step, f"pulled back {result.how}", f"held-out KL {kl:.2e} -> {result.kl:.2e} nats")
             kl = result.kl
             self._recount(model)
@@ -276,8 +323,8 @@ class CurvatureBudget:
         elif numbers["replaying"] and kl <= NEAR * budget:
             numbers.update(replaying=0, share=max(self.replay_share, numbers["share"] / 2))
             self.memory.note(model.step, "replay ends", f"held-out KL {kl:.2e} of {budget:g} nats")
-        if kl <= budget:
-            tensors["inside"] = model.vector()
+        if inside is not None and (kl <= budget or retreated):  # after a retreat they are inside, or what was there
+            self._remember(model)
         # KL is a square of the way, so its root grows evenly: the steps that are left, at most twice those of last time
         left = (math.sqrt(CEILING * budget) - math.sqrt(max(0.0, kl))) / rate if rate > 0 else math.inf
         wait = max(1, math.floor(min(self.check, 2 * numbers["wait"], left)))

@@ -58,7 +58,7 @@ def pull_back(
     """
     tries = 0
     if known is not None:  # of examples whose KL is not known now: the held-out one stands for it
-        kl, tries = _correct(model, kl, target, known.to(inside), kl), 1
+        kl, tries = _correct(model, kl, target, known, kl), 1
     for _ in range(TRIES):
         if kl <= target:
             break
@@ -71,10 +71,10 @@ def pull_back(
     how = f"along the safety gradient in {tries} steps"
     if kl <= budget:
         return PulledBack(kl, how)
-    share, start = 1.0, model.vector()
+    share, way = 1.0, model.vector().sub_(inside)
     while kl > budget and share > 2**-6:
         share /= 2
-        model.write(inside.add(start - inside, alpha=share))
+        model.go(inside, way, share)
         kl = model.safety.heldout()
     if kl > budget:
         model.write(inside)
@@ -92,26 +92,25 @@ def _correct(model: Trainee, kl: float, target: float, gradient: Tensor, own: fl
     Returns: held-out KL afterwards, nats; as it was if neither step lowers it.
     """
     d = model.preconditioner()
-    direction = gradient if d is None else gradient * d
+    direction = gradient if d is None else d.mul_(gradient)
     slope = dot(gradient, direction)
     if slope <= 0 or own <= 0:
         return kl
     held = model.vector()
     scale = 2 * own * (1 - math.sqrt(AIM * target / kl)) / slope
     for part in (1.0, 0.25):  # the two sets may disagree, or curvature be stronger than the line knows
-        model.write(held.add(direction.to(held), alpha=-part * scale))
+        model.go(held, direction, -part * scale)
         now = model.safety.heldout()
         if now >= kl:
             continue
         aim = AIM * target
         if now < FAR * aim:
             shorter = part * (math.sqrt(kl) - math.sqrt(aim)) / (math.sqrt(kl) - math.sqrt(max(0.0, now)))
-            far = model.vector()
-            model.write(held.add(direction.to(held), alpha=-shorter * scale))
+            model.go(held, direction, -shorter * scale)
             near = model.safety.heldout()
             if near <= target:
                 return near
-            model.write(far)
+            model.go(held, direction, -part * scale)
         return now
     model.write(held)
     return kl

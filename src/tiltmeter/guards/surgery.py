@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tiltmeter.geometry.space import dot
+from tiltmeter.geometry.space import products
 
 
 def remove_conflict(task: Tensor, safety: Tensor, strength: float = 1.0, d: Tensor | None = None) -> bool:
@@ -24,11 +24,10 @@ def remove_conflict(task: Tensor, safety: Tensor, strength: float = 1.0, d: Tens
 
     Returns: whether there was a conflict.
 
-    Cost: two inner products.
+    Cost: two inner products; no vector of length n is made.
     """
-    downhill = safety.to(task) if d is None else safety.to(task) * d.to(task)
-    square, conflict = dot(safety.to(task), downhill), dot(task, downhill)
+    square, conflict = products((safety,), (safety, task), d)[0].tolist()
     if square <= 0 or conflict >= 0:
         return False
-    task.add_(safety.to(task), alpha=-strength * conflict / square)
+    task.add_(safety, alpha=-strength * conflict / square)
     return True

@@ -106,6 +106,13 @@ class Trainee:
             for name, part in self.space.split(vector).items():
                 own_part(self.parameters[name]).copy_(part)
 
+    def go(self, start: Tensor, direction: Tensor, length: float) -> None:
+        """Set the weights to `length` times a direction [n] from a start [n]; no vector of length n is made."""
+        towards = self.space.split(direction)
+        with torch.no_grad():
+            for name, part in self.space.split(start).items():
+                own_part(self.parameters[name]).copy_(part.add(towards[name], alpha=length))
+
     def gradient(self) -> Tensor:
         """A copy of the gradient [n]; zero where there is none."""
         return self._flat(
@@ -137,18 +144,18 @@ class Trainee:
         if isinstance(optimizer, torch.optim.SGD):
             return None
         self.require_metric()
-        parts = {}
-        for group in optimizer.param_groups:
-            for p in group["params"]:
-                held = optimizer.state.get(p, {})
-                if "exp_avg_sq" not in held:
-                    parts[id(p)] = torch.ones_like(own_part(p))
-                    continue
-                corrected = own_part(held["exp_avg_sq"]) / (1 - group["betas"][1] ** float(held["step"]))
-                parts[id(p)] = 1 / (corrected.sqrt() + group["eps"])
-        d = self._flat({name: parts[id(p)] for name, p in self.parameters.items()})
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        first = next(iter(self.parameters.values()))
+        wide = torch.float64 if any(p.dtype == torch.float64 for p in self.parameters.values()) else torch.float32
+        d = torch.ones(self.space.size, dtype=wide, device=first.device)
+        for name, part in self.space.split(d).items():  # in place: a large model has no room for two of these
+            p = self.parameters[name]
+            group, held = groups[id(p)], optimizer.state.get(p, {})
+            if "exp_avg_sq" in held:
+                part.copy_(own_part(held["exp_avg_sq"])).div_(1 - group["betas"][1] ** float(held["step"]))
+                part.sqrt_().add_(group["eps"]).reciprocal_()
         # the median of at most a million entries is enough for a scale
-        return (d / evenly_spread(self.parameters, d, 2**20).median()).clamp_(max=LARGEST_METRIC)
+        return d.div_(evenly_spread(self.parameters, d, 2**20).median()).clamp_(max=LARGEST_METRIC)
 
     def require_metric(self) -> None:
         """Check that the optimiser is one whose metric is known.

@@ -1,0 +1,167 @@
+"""Two bytes a number tell weights as they were, as long as none has gone further than Adam can."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import nn
+from worlds import World, step
+
+from tiltmeter.geometry.space import ParameterSpace
+from tiltmeter.geometry.systems import DOUBLE
+from tiltmeter.guards.budget import CurvatureBudget
+from tiltmeter.guards.landmark import ROOM, longest_ways, place, reaches, recall
+from tiltmeter.guards.safety import SystemSafety
+from tiltmeter.guards.session import Session
+from tiltmeter.guards.trainee import Trainee
+
+BETAS = [(0.9, 0.999), (0.9, 0.95), (0.0, 0.999), (0.5, 0.9999), (0.99, 0.9999)]
+
+
+def trainee(weights, **settings):
+    """One vector under AdamW."""
+    p = nn.Parameter(weights.clone())
+    space = ParameterSpace.of({"w": p})
+    still = SystemSafety(lambda theta: theta[:2][None], lambda theta: theta[:2][None], p.detach().clone(), p, space)
+    return Trainee({"w": p}, torch.optim.AdamW([p], **settings), still)
+
+
+def random(n, seed=0):
+    return torch.randn(n, dtype=DOUBLE, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e3])
+def test_weights_are_told_to_one_unit_after_the_longest_way(scale, dtype):
+    """A unit is the longest way over 2^13; ways up to four times that are told too, and none beyond."""
+    before = (scale * random(4000)).to(dtype)
+    before[:3] = torch.tensor([0.0, -scale, scale])
+    model, longest = trainee(before, lr=1.0), 0.01 * scale
+    landmark, units = place(model, torch.tensor([longest], dtype=DOUBLE))
+    assert landmark.dtype == torch.int16
+    assert float(units) == pytest.approx(longest / (ROOM * 2**15))
+    for share in (0.0, -1.0, 1.0, 3.9, 4.1):
+        way = torch.full_like(before, share * longest)
+        way[::2] *= -torch.rand(2000, generator=torch.Generator().manual_seed(1)).to(dtype)
+        with torch.no_grad():
+            model.parameters["w"].copy_(before + way)
+        off = float((recall(model, landmark, units) - before).abs().max())
+        rounding = 8 * torch.finfo(dtype).eps * float(before.abs().max())
+        assert off <= float(units) + rounding if share < 4 else off > 1e4 * float(units)
+
+
+@pytest.mark.parametrize("betas", BETAS)
+def test_no_gradients_move_adam_further_than_the_bound(betas):
+    """The worst gradients are those of Cauchy and Schwarz, g_k ~ (b1/b2)^k back in time; they come within a percent."""
+    b1, b2 = betas
+    steps = 3000
+    back = torch.arange(steps - 1, -1, -1, dtype=DOUBLE)
+    worst = ((b1 / b2) ** back if b1 else (back == 0).to(DOUBLE)).clamp_min(1e-60)
+    others = random(3 * steps).view(steps, 3).pow(3)
+    others[:, 1] = (back == 0).to(DOUBLE)
+    gradients = torch.cat([worst[:, None], others], 1)
+    model = trainee(torch.zeros(4, dtype=DOUBLE), lr=0.5, betas=betas, eps=1e-300, weight_decay=0.0)
+    p, largest = model.parameters["w"], torch.zeros(4, dtype=DOUBLE)
+    for gradient in gradients:
+        was = p.detach().clone()
+        p.grad = gradient.clone()
+        model.plain_optimizer.step()
+        largest = torch.maximum(largest, (p.detach() - was).abs())
+    bound = float(longest_ways(model, 1))
+    exact = 0.5 * max(1.0, (1 - b1) / math.sqrt((1 - b2) * (1 - b1**2 / b2)))
+    assert bound == pytest.approx(exact, rel=1e-12)
+    assert float(largest.max()) <= bound * (1 + 1e-9)
+    if steps * math.log(b2) < -5:  # long enough for the correction of the first steps to be over
+        assert float(largest[0]) > 0.85 * bound
+
+
+def test_the_usual_betas_give_seven_learning_rates_a_step():
+    model = trainee(torch.ones(3, dtype=DOUBLE), lr=2e-5, weight_decay=0.0)
+    assert float(longest_ways(model, 4)) == pytest.approx(4 * 7.27 * 2e-5, rel=1e-3)
+
+
+def test_decay_moves_large_weights_further_and_schedules_know_their_peak():
+    weights = torch.tensor([0.0, -50.0, 3.0], dtype=DOUBLE)
+    model = trainee(weights, lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95))
+    group = model.plain_optimizer.param_groups[0]
+    ratio = 0.1 / math.sqrt(0.05 * (1 - 0.81 / 0.95))
+    assert float(longest_ways(model, 2)) == pytest.approx(2e-3 * (max(1.0, ratio) + 5.0))
+    group.update(lr=0.0, initial_lr=4e-3)
+    assert float(longest_ways(model, 2)) == pytest.approx(8e-3 * (max(1.0, ratio) + 5.0))
+    group.update(max_lr=1e-2)
+    assert float(longest_ways(model, 1)) == pytest.approx(1e-2 * (max(1.0, ratio) + 5.0))
+
+
+def test_without_a_bound_there_is_no_landmark():
+    world = World("sgd")
+    assert longest_ways(world.trainee(), 4) is None
+    assert longest_ways(trainee(torch.ones(2, dtype=DOUBLE), lr=1.0, betas=(0.99, 0.9)), 4) is None
+
+
+def test_a_landmark_says_how_far_it_reaches():
+    model = trainee(torch.ones(5, dtype=DOUBLE), lr=1e-3, weight_decay=0.0)
+    ways = longest_ways(model, 4)
+    _, units = place(model, ways)
+    assert reaches(units, 3.9 * ways)
+    assert not reaches(units, 4.1 * ways)
+    assert not reaches(units, None)
+
+
+def guarded(every, rate=0.05, **settings):
+    world = World("adamw", rate)
+    model = world.trainee()
+    guard = CurvatureBudget(budget_kl=1e-3, every=every, **settings)
+    session = Session(guard, model)
+    session.begin()
+    return world, model, guard, session
+
+
+def test_in_large_spaces_the_weights_inside_are_kept_once_in_two_bytes():
+    world, model, guard, session = guarded(4)
+    tensors, places = guard.memory.tensors, 0
+    for i in range(24):
+        step(world, model, session)
+        assert "before" not in tensors
+        assert tensors["inside"].dtype == torch.int16
+        if i % 4 == 3:
+            off = (guard._inside(model) - model.vector()).abs().max()
+            assert float(off) < 4e-4 * 0.05  # of the learning rate
+            places += 1
+    assert places == 6
+    assert any("pulled back" in entry.what for entry in guard.memory.log)
+    small = guarded(1)[2].memory.tensors
+    assert small["inside"].dtype == DOUBLE
+
+
+def test_two_bytes_do_what_whole_weights_do(monkeypatch):
+    """The same run with copies instead of landmarks ends at the same weights, to the units' rounding."""
+    ends = []
+    for whole in (False, True):
+        if whole:
+            monkeypatch.setattr("tiltmeter.guards.budget.longest_ways", lambda *given: None)
+        world, model, guard, session = guarded(4, examples=99)
+        for _ in range(24):
+            step(world, model, session)
+        session.end()
+        ends.append(world.flat.clone())
+        assert guard.memory.tensors["inside"].dtype == (DOUBLE if whole else torch.int16)
+    start = World("adamw").anchor
+    assert float((ends[1] - start).norm()) > 0.1
+    torch.testing.assert_close(ends[0], ends[1], rtol=0, atol=2e-3 * float((ends[1] - start).norm()))
+
+
+def test_a_learning_rate_that_grows_out_of_reach_is_followed_with_a_whole_copy():
+    world, model, guard, session = guarded(4, rate=1e-3)
+    for _ in range(5):
+        step(world, model, session)
+    was = recall(model, guard.memory.tensors["inside"], guard.memory.tensors["units"])
+    model.plain_optimizer.param_groups[0]["lr"] = 0.1  # by hand, unknown to any schedule
+    step(world, model, session)
+    assert "units" not in guard.memory.tensors
+    torch.testing.assert_close(guard.memory.tensors["inside"], was)
+    step(world, model, session)
+    step(world, model, session)
+    assert "units" in guard.memory.tensors
+    assert guard.memory.numbers["checked"] == 8
