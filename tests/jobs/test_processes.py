@@ -9,6 +9,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -19,6 +20,8 @@ from two import Ended, two
 
 from tiltmeter import store
 from tiltmeter.errors import RecipeError, UnsupportedModel
+from tiltmeter.guards import budget
+from tiltmeter.jobs import guarding
 from tiltmeter.jobs.assess import assess
 from tiltmeter.jobs.finetune import finetune
 from tiltmeter.jobs.guarding import GuardOptions
@@ -67,6 +70,12 @@ def full_run(folder: Path, **more: Any) -> dict[str, Any]:
     return finetune(*NAMES, FULL, folder, options=TRACKER, device="cpu", dtype="float64", **more).record
 
 
+def large_run(folder: Path, **more: Any) -> dict[str, Any]:
+    """Full fine-tuning under the budget as in a large space: directions are combinations of examples."""
+    with patch.object(budget, "DENSE", 0), patch.object(guarding, "DENSE", 0):
+        return full_run(folder, guard=GUARD, **more)
+
+
 def full_assessment() -> dict[str, Any]:
     recipe = replace(FULL, learning_rate=2e-4)
     return assess(*NAMES, recipe, OPTIONS, device="cpu", dtype="float64").record
@@ -109,7 +118,11 @@ def divide(folder: str) -> None:
     with pytest.raises(KeyboardInterrupt):
         full_run(Path(folder) / "cut-held", guard=GUARD, callbacks=[Cut()])
     held_again = full_run(Path(folder) / "cut-held", guard=GUARD, resume=True)
-    for record in (run, resumed, full, again, held, held_again):
+    large = large_run(Path(folder) / "large")
+    with pytest.raises(KeyboardInterrupt):
+        large_run(Path(folder) / "cut-large", callbacks=[Cut()])
+    large_again = large_run(Path(folder) / "cut-large", resume=True)
+    for record in (run, resumed, full, again, held, held_again, large, large_again):
         assert (record == {}) == (dist.get_rank() > 0)
     refused = []
     for job in (
@@ -128,6 +141,8 @@ def divide(folder: str) -> None:
         "again": again,
         "held": held,
         "held_again": held_again,
+        "large": large,
+        "large_again": large_again,
         "told_full": full_assessment(),
         "share": share,
         "refused": refused,
@@ -271,22 +286,29 @@ def test_divided_weights_are_trained_as_whole_ones(forked: tuple[Path, dict[str,
     assert lengths[-1] == pytest.approx(length, rel=1e-9)
 
 
-def test_divided_weights_are_guarded_as_whole_ones(forked: tuple[Path, dict[str, list[Ended]]], tmp_path: Path) -> None:
+@pytest.mark.parametrize("space", ["held", "large"])
+def test_divided_weights_are_guarded_as_whole_ones(
+    space: str, forked: tuple[Path, dict[str, list[Ended]]], tmp_path: Path
+) -> None:
     """FSDP2, full fine-tuning with the budget; cut off and gone on with, it is the same too."""
     folder, done = forked
     assert [process.returncode for process in done["divide"]] == [0, 0], done["divide"][0].stderr[-3000:]
     told = json.loads((folder / "0.json").read_text())
-    alone = json.loads(json.dumps(full_run(tmp_path / "run", guard=GUARD)))
-    compare({"run": told["held"]}, {"run": alone})
+    run = large_run(tmp_path / "run") if space == "large" else full_run(tmp_path / "run", guard=GUARD)
+    alone = json.loads(json.dumps(run))
+    compare({"run": told[space]}, {"run": alone})
     assert any("directions measured" in entry["what"] for entry in alone["guard"]["log"])
     assert alone["curves"]["safety_kl"]["value"][-1] < told["full"]["curves"]["safety_kl"]["value"][-1] / 2
-    logs = [told[name]["guard"].pop("log") for name in ("held", "held_again")]
-    compare({"run": told["held_again"]}, {"run": told["held"]})
+    logs = [told[name]["guard"].pop("log") for name in (space, f"{space}_again")]
+    compare({"run": told[f"{space}_again"]}, {"run": told[space]})
     assert [entry for entry in logs[0] if entry["step"] > 4] == [entry for entry in logs[1] if entry["step"] > 4]
-    checkpoint = folder / "cut-held" / "checkpoint-4"
+    checkpoint = folder / f"cut-{space}" / "checkpoint-4"
     assert {path.name for path in checkpoint.glob("guard*")} == {
         "guard.json", "guard-1-of-2.safetensors", "guard-2-of-2.safetensors",
     }  # fmt: skip
+    kept = load_file(checkpoint / "guard-1-of-2.safetensors")
+    assert ("memory.columns" in kept) == (space == "held")
+    assert kept["memory.inside"].dtype == (torch.int16 if space == "large" else torch.float64)
 
 
 def test_divided_weights_go_on_from_a_checkpoint(forked: tuple[Path, dict[str, list[Ended]]], tmp_path: Path) -> None:
