@@ -163,6 +163,20 @@ def restored(here: Forward) -> None:
     assert before == {name: id(p) for name, p in here.model.named_parameters()}
 
 
+def starved(folder: str) -> None:
+    """Memory runs out in the second process alone, in the middle of a pass."""
+    dist.init_process_group("gloo")
+    net = divided()
+    here = Forward(net, trainable(net, parts=True))
+    if dist.get_rank() == 1:
+        net.transformer.h[1].mlp.register_forward_pre_hook(full)
+    likelihood_objective(here, examples(0), 2, 24, per="token").losses()
+
+
+def full(*_: Any) -> None:
+    raise torch.OutOfMemoryError("no memory left")
+
+
 def broken(*_: Any) -> None:
     raise ZeroDivisionError
 
@@ -191,6 +205,14 @@ def test_every_product_is_that_of_one_process(done: tuple[Path, list[Ended]]) ->
         assert_close(
             both[0][name], value, rtol=close, atol=close * float(value.abs().max()), msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def test_where_memory_runs_out_in_one_process_both_end(tmp_path: Path) -> None:
+    """The others are waiting for its part: trying again in smaller pieces would leave them waiting for ever."""
+    waiting, failed = two(__file__, {"starved": [str(tmp_path)]}, tmp_path, timeout=100)["starved"]
+    assert waiting.returncode == failed.returncode == 1
+    assert "tiltmeter.errors.OutOfMemory: memory ran out in one of the processes" in failed.stderr
+    assert "OutOfMemory" not in waiting.stderr
 
 
 @pytest.mark.parametrize("size", [1, 15, 16, 17, 64, 1000, 1023])

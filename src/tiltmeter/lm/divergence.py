@@ -112,7 +112,7 @@ class DivergenceObjective:
             OutOfMemory: they hold one response each.
         """
         before = self.inner.chunks
-        parts = halved(before)
+        parts = halved(before, self.inner.forward)
         references = tuple(_rows(self.log_probability[i], before[i][1], rows) for _, i, rows in parts)
         chunks = tuple(part for part, _, _ in parts)
         object.__setattr__(self, "log_probability", references)

@@ -62,7 +62,7 @@ class KlAndMargin:
             OutOfMemory: they hold one prompt each.
         """
         before = self.inner.chunks
-        parts = halved(before)
+        parts = halved(before, self.inner.forward)
         references = tuple(_answers_of(self.log_probability[i], before[i][1].labels, rows) for _, i, rows in parts)
         chunks = tuple(part for part, _, _ in parts)
         object.__setattr__(self, "log_probability", references)

@@ -22,6 +22,7 @@ from tiltmeter.lm.memory import logger, release, shrinking
 from tiltmeter.lm.model import second_order
 from tiltmeter.lm.packed import packs
 from tiltmeter.lm.reversible import agree, beyond, duals, reversible
+from tiltmeter.lm.sharding import is_divided
 
 #: Key of `learned`: 1 where Hessian products need backward mode twice, 0 where forward mode and then backward will do.
 TWICE = "backward twice"
@@ -316,11 +317,11 @@ class LanguageObjective:
         """Split the largest micro-batches, for good. False where the reading knows them by number: its owner splits.
 
         Raises:
-            OutOfMemory: they hold one sequence each.
+            OutOfMemory: they hold one sequence each, or the weights are divided among processes.
         """
         if self.reading is not negative_log_likelihood:
             return False
-        object.__setattr__(self, "chunks", tuple(part for part, _, _ in halved(self.chunks)))
+        object.__setattr__(self, "chunks", tuple(part for part, _, _ in halved(self.chunks, self.forward)))
         return True
 
     def _scatter(self, out: Tensor, members: Tensor, values: Tensor) -> None:
@@ -333,12 +334,19 @@ def widest(forward: Forward) -> torch.dtype:
     return torch.float64 if wide else torch.float32
 
 
-def halved(chunks: Sequence[tuple[Tensor, Batch]]) -> list[tuple[tuple[Tensor, Batch], int, Tensor]]:
+def halved(chunks: Sequence[tuple[Tensor, Batch]], forward: Forward) -> list[tuple[tuple[Tensor, Batch], int, Tensor]]:
     """Micro-batches with the largest split in two: sequence numbers and batch, the number it had, the rows of it.
 
     Raises:
-        OutOfMemory: the largest holds one sequence.
+        OutOfMemory: the largest holds one sequence; or the model is divided among processes, of which the others are
+            in the middle of the pass that failed in this one and cannot do it again.
     """
+    if is_divided(forward.model):
+        raise OutOfMemory(
+            "memory ran out in one of the processes that the weights are divided among, while the others were in the "
+            "same pass, so it cannot be done again in smaller pieces. Give --memory, so that micro-batches are small "
+            "from the start, shorten the rows (--max-length), or start more processes."
+        )
     most = max(batch.tokens.numel() for _, batch in chunks)
     out = []
     for number, (members, batch) in enumerate(chunks):
