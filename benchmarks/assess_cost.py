@@ -2,7 +2,7 @@
 
 Run: python benchmarks/assess_cost.py [full|lora]
 
-32 safety prompts and 32 tuning rows of at most 128 tokens, on one thread. Writes
+64 safety prompts and 64 tuning rows of at most 128 tokens, on one thread. Writes
 benchmarks/results/assess-cost-REGIME.json.
 """
 
@@ -17,13 +17,13 @@ from typing import Any
 import torch
 
 from tiltmeter.jobs.assess import assess
-from tiltmeter.jobs.demo import MODEL, RECIPES, SAFETY
+from tiltmeter.jobs.demo import MODEL, RECIPES
 from tiltmeter.jobs.provenance import provenance
 from tiltmeter.jobs.subject import Options
 from tiltmeter.store import write_text
 
 RESULTS = Path(__file__).parent / "results"
-OPTIONS = Options(max_safety=32, max_tuning=32, max_length=128, response_tokens=24)
+OPTIONS = Options(max_safety=64, max_tuning=64, max_length=128, response_tokens=24)
 
 
 def memory(key: str) -> float:
@@ -54,7 +54,7 @@ def main() -> None:
     regime = sys.argv[1] if len(sys.argv) > 1 else "full"
     torch.set_num_threads(1)
     stages = Stages()
-    result = assess(MODEL, SAFETY, "demo:gsm8k", RECIPES[regime], OPTIONS, report=stages)
+    result = assess(MODEL, "demo:strongreject", "demo:gsm8k", RECIPES[regime], OPTIONS, report=stages)
     stages("end")
     out = {
         **provenance("cpu"),

@@ -1,13 +1,14 @@
 """Every guard on the same fine-tunes: what was learned, what was kept, what it cost.
 
-    python benchmarks/guards.py                     the plan "tiny": demo:tiny, minutes on one core
-    python benchmarks/guards.py --plan aligned      the plan "aligned": demo:aligned, hours; see --list
-    python benchmarks/guards.py --plan aligned --only budget- --only none-
-    python benchmarks/guards.py --list              runs of the plan, without running them
+    python benchmarks/guards.py                     all guards on demo:tiny, minutes on one core
+    python benchmarks/guards.py --only budget- --only none-
+    python benchmarks/guards.py --list              what is to be run, without running it
     python benchmarks/guards.py --table             put the committed results into docs/guards.md and guards.html
 
 Every run leaves its own file, so a plan that was interrupted goes on where it was; finished runs are gathered in
-benchmarks/results/guards.json. The guard's safety prompts and the ones that are measured are different ones.
+benchmarks/results/guards.json, as the plan "tiny", beside those of the aligned model, which `tiltmeter validate
+benchmarks/plans/guards.yaml` makes in hours and benchmarks/validation.py keeps (validation-guards.json). The guard's
+safety prompts and the ones that are measured are different ones.
 """
 
 from __future__ import annotations
@@ -44,6 +45,9 @@ from tiltmeter.store import write_text
 
 RESULTS = Path(__file__).parent / "results"
 PARTS = RESULTS / "guards.parts"
+
+#: Runs of the aligned model, and the plan they are of.
+ALIGNED, ALIGNED_PLAN = RESULTS / "validation-guards.json", "benchmarks/plans/guards.yaml"
 
 #: Strengths that each guard is run at; the first is its default.
 STRENGTHS = {
@@ -85,17 +89,10 @@ class Plan:
     minutes: float
 
 
-PLANS = {
-    "tiny": Plan(
-        "demo:tiny", "demo:tiny-safety", 48, 64, "demo:tiny-known", ("demo:tiny-copy", "demo:tiny-copy+10%"),
-        "demo:tiny-harmful", {"full": (None, 3e-4), "lora": (Lora(8, 16.0), 1e-3)}, (0, 1), 120, 8, 64, 10, 4096, 0.2,
-    ),
-    "aligned": Plan(
-        "demo:aligned", "demo:strongreject", 48, 64, "demo:general-qa",
-        ("demo:gsm8k", "demo:general-qa", "demo:stdlib-code", "demo:gsm8k+10%"),
-        "demo:harmful-openings", {"lora": (Lora(8, 16.0), 3e-4), "full": (None, 2e-5)}, (0, 1), 60, 8, 192, 24, 768, 25,
-    ),
-}  # fmt: skip
+TINY = Plan(
+    "demo:tiny", "demo:tiny-safety", 48, 64, "demo:tiny-known", ("demo:tiny-copy", "demo:tiny-copy+10%"),
+    "demo:tiny-harmful", {"full": (None, 3e-4), "lora": (Lora(8, 16.0), 1e-3)}, (0, 1), 120, 8, 64, 10, 4096, 0.2,
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -138,9 +135,7 @@ def opened_for(plan: Plan, regime: str, seed: int) -> Opened:
 
 
 def base_for(plan: Plan) -> Any:
-    """A base for Safe LoRA and LoX: demo:base, or demo:tiny trained to comply, since it has no base of its own."""
-    if plan.model == "demo:aligned":
-        return open_model("demo:base").loaded.model
+    """A base for Safe LoRA and LoX: the model trained to comply, since demo:tiny has no base of its own."""
     opened = open_model(plan.model)
     forward = Forward(opened.loaded.model.requires_grad_(True), trainable(opened.loaded.model))
     examples = encode(open_rows(plan.harmful).rows, opened.loaded.tokenizer, plan.max_length).examples
@@ -249,15 +244,22 @@ def _task_loss(forward: Forward, examples: list[Example], plan: Plan, pad: int) 
         return float(loss_of(forward, examples, plan, pad))
 
 
-def gather(name: str, plan: Plan) -> dict[str, Any]:
-    """All finished runs of a plan, put beside those of the other plans."""
-    path = RESULTS / "guards.json"
-    held = json.loads(path.read_text()) if path.is_file() else {}
-    done = [PARTS / name / f"{run.name}.json" for run in runs_of(plan)]
-    runs = [json.loads(part.read_text()) for part in done if part.is_file()]
-    others = [run for run in held.get("runs", []) if run["plan"] != name]
-    plans = {**held.get("plans", {}), name: {**asdict(plan), **provenance("cpu")}}
-    return {"runs": others + [{"plan": name, **run} for run in runs], "plans": plans}
+def gather() -> dict[str, Any]:
+    """All finished runs of the plan."""
+    done = [PARTS / "tiny" / f"{run.name}.json" for run in runs_of(TINY)]
+    runs = [{"plan": "tiny", **json.loads(part.read_text())} for part in done if part.is_file()]
+    return {"runs": runs, "plans": {"tiny": {**asdict(TINY), **provenance("cpu")}}}
+
+
+def with_aligned(held: dict[str, Any]) -> dict[str, Any]:
+    """The same with the committed runs of the aligned model."""
+    record = json.loads(ALIGNED.read_text())
+    about = {key: record[key] for key in ("model", "created", "tiltmeter", "versions", "machine")}
+    runs = [run for run in held["runs"] if run["plan"] != "aligned"]
+    return {
+        "runs": runs + [{**run, "plan": "aligned"} for run in record["guard_runs"]],
+        "plans": {**held["plans"], "aligned": {"plan": ALIGNED_PLAN, **about}},
+    }
 
 
 def table(runs: list[dict[str, Any]]) -> list[str]:
@@ -300,45 +302,42 @@ def write_table() -> None:
     )
 
 
-def write_page() -> None:
-    """The page of what benchmarks/results/guards.json holds."""
-    write_guards_page(
-        json.loads((RESULTS / "guards.json").read_text()), RESULTS / "guards.html", "Guards on the same fine-tunes"
-    )
+def write_results(held: dict[str, Any]) -> None:
+    """The results with those of the aligned model, and their page."""
+    held = with_aligned(held)
+    write_text(RESULTS / "guards.json", json.dumps(held, indent=1) + "\n")
+    write_guards_page(held, RESULTS / "guards.html", "Guards on the same fine-tunes")
 
 
 def main() -> None:
     """Run what is missing of a plan, and gather."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--plan", choices=sorted(PLANS), default="tiny")
     parser.add_argument("--only", action="append", default=[], help="runs whose name begins so; may be repeated")
     parser.add_argument("--list", action="store_true")
     parser.add_argument("--table", action="store_true")
     given = parser.parse_args()
     if given.table:
         write_table()
-        write_page()
+        write_results(json.loads((RESULTS / "guards.json").read_text()))
         return
     torch.set_num_threads(1)
-    plan = PLANS[given.plan]
-    chosen = [r for r in runs_of(plan) if not given.only or any(r.name.startswith(p) for p in given.only)]
-    folder = PARTS / given.plan
+    chosen = [r for r in runs_of(TINY) if not given.only or any(r.name.startswith(p) for p in given.only)]
+    folder = PARTS / "tiny"
     missing = [run for run in chosen if not (folder / f"{run.name}.json").is_file()]
-    print(f"{len(chosen)} runs, {len(missing)} to do, about {plan.minutes:g} minutes each on one core")
+    print(f"{len(chosen)} runs, {len(missing)} to do, about {TINY.minutes:g} minutes each on one core")
     if given.list:
         print("\n".join(run.name for run in missing))
         return
     folder.mkdir(parents=True, exist_ok=True)
     for number, run in enumerate(missing, 1):
         try:
-            found = execute(run, plan)
+            found = execute(run, TINY)
         except TiltmeterError as error:  # a guard that refuses says so in the table
             found = {**asdict(run), "refused": str(error)}
         write_text(folder / f"{run.name}.json", json.dumps(found, indent=1) + "\n")
         shown = {key: found[key] for key in ("task_loss", "heldout_kl", "refusal_rate") if key in found}
         print(f"{number}/{len(missing)} {run.name} {found.get('refused', shown)}", flush=True)
-    write_text(RESULTS / "guards.json", json.dumps(gather(given.plan, plan), indent=1) + "\n")
-    write_page()
+    write_results(gather())
 
 
 if __name__ == "__main__":
