@@ -327,8 +327,7 @@ def guard(regime: str, name: str) -> Figures:
     """A fine-tune, a tenth of whose rows are harmful, by itself ("none") or under a guard as it comes."""
     recipe = replace(RECIPES[regime], batch_size=8, steps=24, max_length=256)
     recipe = replace(recipe, learning_rate=5e-4 if regime == "lora" else 2e-5)
-    opened = open_model(MODEL, device="cpu")
-    opened = with_lora(opened, recipe.lora, 0) if recipe.lora else opened
+    opened = with_lora(open_model(MODEL, device="cpu"), recipe.lora, 0)
     loaded, clock = opened.loaded, CpuClock()
     weights = sum(p.numel() * p.element_size() for p in trainable(loaded.model).values())
     tuned = [*demo.rows("demo:gsm8k")[:90], *demo.rows("demo:harmful-openings")[:10]]

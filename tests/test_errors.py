@@ -32,7 +32,7 @@ def test_the_tree_is_drawn_as_it_is() -> None:
         for name, kind in vars(errors).items()
         if inspect.isclass(kind) and issubclass(kind, Exception) and kind.__module__ == errors.__name__
     }
-    assert len(classes) == 14
+    assert len(classes) == 15
     assert drawn() == classes
 
 

@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from tiltmeter import __version__
-from tiltmeter.errors import InputError, OutOfMemory, TiltmeterError
+from tiltmeter.errors import InputError, TiltmeterError
 
 app = typer.Typer(
     name="tiltmeter",
@@ -53,8 +53,7 @@ def main() -> None:
             err.quiet = RANK > 0
             app()
     except TiltmeterError as error:
-        # bad input is found by all; memory may have run out in one alone
-        err.quiet = RANK > 0 and isinstance(error, InputError) and not isinstance(error, OutOfMemory)
+        err.quiet = RANK > 0 and isinstance(error, InputError)
         err.print(f"[bold red]{type(error).__name__}[/]: ", end="")
         err.print(" ".join(line.strip() for line in str(error).splitlines()), markup=False)
         sys.exit(error.exit_code)

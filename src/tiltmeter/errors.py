@@ -14,6 +14,7 @@
     │   ├── DegenerateError        the data do not determine what was asked for
     │   └── OutOfMemory            the job does not fit the memory it may use
     ├── NumericalError             exit code 2: a loss or product is not finite
+    ├── PartLost                   exit code 2: a process of those that a model is divided among cannot go on
     ├── WorkerLost                 exit code 1: a process of a pool died
     └── DownloadError              exit code 1: the network or the registry failed half way
 
@@ -73,6 +74,12 @@ class OutOfMemory(InputError):
 
 class NumericalError(TiltmeterError):
     """A loss, gradient or product is not finite."""
+
+    exit_code = 2
+
+
+class PartLost(TiltmeterError):
+    """One of the processes that a model is divided among cannot go on, and so none can."""
 
     exit_code = 2
 

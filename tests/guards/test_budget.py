@@ -212,6 +212,64 @@ def test_replay_adds_the_safety_gradient_at_its_share_of_the_task(share):
     torch.testing.assert_close(model.gradient(), wanted)
 
 
+def test_what_is_replayed_is_the_fresh_gradient_and_not_the_mean():
+    guard = CurvatureBudget(budget_kl=1e-2, examples=2, replay_share=0.3)
+    _, model = begun(guard, 0.3)
+    guard.memory.numbers["replaying"] = 1
+    divergence, task = model.safety.divergence, model.gradient()
+    past = 0.05 * random(len(task), 7)
+    guard.memory.tensors["slope"] = past.clone()
+    safety = divergence.gradient(draw(divergence.m, 2, model.seed + model.step))
+    mean = budget.REMEMBERED * past + (1 - budget.REMEMBERED) * safety
+    guard.shape_gradient(model)
+    without = task - mean * min(0.0, float(task @ mean)) / (mean @ mean)
+    length = 0.3 * torch.linalg.vector_norm(task) / torch.linalg.vector_norm(safety)
+    torch.testing.assert_close(model.gradient(), without + length * safety)
+    assert abs(float(safety @ mean / (safety.norm() * mean.norm()))) < 0.999
+
+
+def test_levelling_under_descent_leaves_the_remembered_gradient_as_it_is():
+    guard = CurvatureBudget(budget_kl=1e-2, examples=ALL)
+    _, model = begun(guard, 0.8, "sgd")
+    before = model.vector()
+    slope = guard.memory.tensors["slope"] = model.safety.divergence.gradient()
+    kept = slope.clone()
+    model.write(before.add(slope, alpha=0.1))
+    guard._level(model, before)
+    torch.testing.assert_close(model.vector(), before)
+    assert torch.equal(guard.memory.tensors["slope"], kept)
+
+
+def test_after_a_retreat_the_weights_are_kept_though_kl_is_above_the_budget(monkeypatch):
+    guard = CurvatureBudget(budget_kl=1e-2)
+    _, model = begun(guard, 0.95)
+    old = guard.memory.tensors["inside"].clone()
+    monkeypatch.setattr(type(model.safety), "heldout", lambda self: 0.02)
+    for retreated, kept in ((False, old), (True, model.vector())):
+        monkeypatch.setattr(budget, "pull_back", lambda *given, r=retreated: PulledBack(0.02, "back", retreated=r))
+        guard._control(model, budget.CEILING, old)
+        torch.testing.assert_close(guard.memory.tensors["inside"], kept)
+    assert not torch.equal(old, model.vector())
+
+
+@pytest.mark.parametrize("every", [1, 4])
+def test_after_a_pull_back_the_safety_gradient_is_taken_afresh(every, monkeypatch):
+    guard = CurvatureBudget(budget_kl=1e-2, every=every)
+    _, model = begun(guard, 0.5)
+    asked = []
+    real = type(model.safety.divergence).gradient
+    monkeypatch.setattr(
+        type(model.safety.divergence), "gradient", lambda self, w: (asked.append(model.step), real(self, w))[1]
+    )
+    model.step = 7
+    guard.shape_gradient(model)
+    for pulled, taken in ((8, True), (4, every == 1)):
+        model.step, guard.memory.numbers["pulled"] = 8, pulled
+        asked.clear()
+        guard.shape_gradient(model)
+        assert (asked == [8]) == taken
+
+
 @pytest.mark.parametrize(("kl", "pulls"), [(0.0095, 0), (0.011, 1)])
 def test_at_the_end_of_the_run_the_budget_itself_is_the_limit(kl, pulls, monkeypatch):
     for known in (True, False):

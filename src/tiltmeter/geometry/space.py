@@ -138,6 +138,11 @@ class ParameterSpace:
             )
 
 
+def blocks(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Views of vectors [n] piece by piece: what mixes dtypes would otherwise make a copy of length n."""
+    return zip(*(torch.split(vector, BLOCK) for vector in vectors), strict=True)
+
+
 def dot(a: Tensor, b: Tensor) -> float:
     """Inner product of two vectors [n], added up in float64 piece by piece.
 
@@ -161,13 +166,13 @@ def products(rows: Sequence[Tensor], others: Sequence[Tensor], diagonal: Tensor 
     Cost: one read of every vector; no copy of length n.
     Error: as `dot`.
     """
-    out = torch.zeros(len(rows), len(others), dtype=torch.float64)
+    out = torch.zeros(len(rows), len(others), dtype=torch.float64, device=rows[0].device)
     for start in range(0, rows[0].numel(), PIECE):
         part = slice(start, start + PIECE)
         left, right = (torch.stack([_wide(vector[part]) for vector in held]) for held in (rows, others))
         scaled = left if diagonal is None else left * diagonal[part].to(left)
-        out += (scaled @ right.to(scaled).T).double().cpu()
-    return _total(out)
+        out += (scaled @ right.to(scaled).T).double()
+    return _total(out.cpu())
 
 
 def _wide(a: Tensor) -> Tensor:

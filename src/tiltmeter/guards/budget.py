@@ -26,11 +26,11 @@ from torch import Tensor
 from tiltmeter.errors import InputError
 from tiltmeter.geometry.motion import narrow
 from tiltmeter.geometry.sensitivity import Basis, DenseBasis, SampleBasis
-from tiltmeter.geometry.space import BLOCK, dot, norm, products
+from tiltmeter.geometry.space import blocks, dot, norm, products
 from tiltmeter.guards.contract import Memory, require_strength
 from tiltmeter.guards.hold import hold
 from tiltmeter.guards.landmark import longest_ways, place, reaches, recall
-from tiltmeter.guards.pullback import pull_back
+from tiltmeter.guards.pullback import pull_back, times
 from tiltmeter.guards.safety import draw
 from tiltmeter.guards.surgery import remove_conflict
 from tiltmeter.guards.trainee import Trainee, require_examples
@@ -132,7 +132,7 @@ class CurvatureBudget:
             safety = divergence.gradient(draw(divergence.m, self.examples, model.seed + model.step))
             slope = safety.clone() if replaying else safety
             if past is not None and self.examples < divergence.m:
-                for mine, theirs in zip(torch.split(slope, BLOCK), torch.split(past, BLOCK), strict=True):
+                for mine, theirs in blocks(slope, past):
                     mine.lerp_(theirs.to(mine), REMEMBERED)
         else:
             safety = slope = past
@@ -143,7 +143,8 @@ class CurvatureBudget:
         numbers["shaped"] = numbers.get("shaped", 0) + 1
         numbers["conflicts"] = numbers.get("conflicts", 0) + changed
         if share and (length := norm(safety)) > 0:
-            task.add_(safety, alpha=share / length)
+            for mine, theirs in blocks(task, safety):
+                mine.add_(theirs, alpha=share / length)
             changed = True
         if changed:
             model.write_gradient(task)
@@ -151,17 +152,28 @@ class CurvatureBudget:
 
     def _calm(self, model: Trainee) -> bool:
         """Whether the safety gradient of the step before will do: in large spaces, where a gradient is dear, past the
-        first look, before which it still turns fast, and while KL is not near the budget.
+        first look, before which it still turns fast, while KL is not near the budget, and not after a pull-back.
         """
-        return 1 < self.every < model.step and self._used() <= NEAR
+        pulled = self.memory.numbers.get("pulled") == model.step
+        return 1 < self.every < model.step and self._used() <= NEAR and not pulled
 
     def _keep_before(self, model: Trainee) -> None:
         tensors = self.memory.tensors
-        if not self.memory.numbers.get("inside_is_before"):
-            tensors.setdefault("before", model.vector())
-        elif "units" in tensors and not reaches(tensors["units"], longest_ways(model, self.every)):
-            # the learning rate has grown beyond what two bytes can follow
-            tensors["inside"] = recall(model, tensors["inside"], tensors.pop("units"))
+        if self.memory.numbers.get("inside_is_before"):
+            if "units" in tensors and not reaches(tensors["units"], longest_ways(model, self.every)):
+                # the learning rate has grown beyond what two bytes can follow
+                self._keep_whole(self._inside(model))
+        elif "before" not in tensors:
+            tensors["before"] = model.vector()
+
+    def _keep_whole(self, inside: Tensor | None) -> None:
+        """Keep these weights [n] as those inside the budget; None if they are not known."""
+        tensors = self.memory.tensors
+        tensors.pop("units", None)
+        if inside is None:
+            tensors.pop("inside", None)
+        else:
+            tensors["inside"] = inside
 
     def _remember(self, model: Trainee) -> None:
         """Keep the weights as they stand as those inside the budget; in two bytes where vectors are large.
@@ -169,16 +181,15 @@ class CurvatureBudget:
         Until the next update they are the weights before it, too.
         """
         tensors = self.memory.tensors
-        tensors.pop("units", None)
         ways = longest_ways(model, self.every) if self.every > 1 else None
         if ways is None:
-            tensors["inside"] = model.vector()
+            self._keep_whole(model.vector())
         else:
             tensors["inside"], tensors["units"] = place(model, ways)
         self.memory.numbers["inside_is_before"] = 1
 
     def _inside(self, model: Trainee) -> Tensor | None:
-        """Weights [n] that were inside the budget, if any are kept; in two bytes, to be asked before a guard moves."""
+        """Weights [n] that were inside the budget, if they are known; from two bytes only before a guard moves."""
         inside, units = (self.memory.tensors.get(name) for name in ("inside", "units"))
         return inside if inside is None or units is None else recall(model, inside, units)
 
@@ -193,10 +204,12 @@ class CurvatureBudget:
         inside = self._inside(model)
         before = tensors.pop("before", inside)
         numbers["inside_is_before"] = 0
-        if before is None:
-            raise InputError("guard budget: an update came before its gradient; call the events in their order")
-        self._project(model, before)
-        self._level(model, before)
+        if before is None:  # a checkpoint was loaded, say
+            self.memory.note(model.step, "not held to the ellipsoid", "something else has moved the weights")
+            self._recount(model)
+        else:
+            self._project(model, before)
+            self._level(model, before)
         last = model.step == model.steps  # a checkpoint may be saved before `finish`
         if self.check and (last or self.every > 1 or model.step >= numbers["next_check"]):
             self._control(model, 1.0 if last else CEILING, inside)
@@ -291,7 +304,7 @@ class CurvatureBudget:
         if (rise := dot(slope, model.moved(before))) <= 0:
             return
         d = model.preconditioner()
-        direction = slope.to(before, copy=True) if d is None else d.mul_(slope)
+        direction = slope.to(before, copy=True) if d is None else times(d, slope)
         move = direction.mul_(-self.strength * rise / dot(slope, direction))
         model.write(model.vector().add_(move))
         self.memory.tensors["z"] += self._basis(model).coordinates(move).double().cpu()
@@ -304,7 +317,7 @@ class CurvatureBudget:
             1, model.step - numbers.get("checked", 0)
         )
         retreated = False
-        if kl > ceiling * budget and inside is not None:
+        if kl > ceiling * budget and budget > 0:
             result = pull_back(model, kl, RESERVE * budget, budget, inside, tensors.get("slope"))
             retreated = result.retreated
             self.memory.note(model.step, f"pulled back {result.how}", f"held-out KL {kl:.2e} -> {result.kl:.2e} nats")
@@ -323,8 +336,10 @@ class CurvatureBudget:
         elif numbers["replaying"] and kl <= NEAR * budget:
             numbers.update(replaying=0, share=max(self.replay_share, numbers["share"] / 2))
             self.memory.note(model.step, "replay ends", f"held-out KL {kl:.2e} of {budget:g} nats")
-        if inside is not None and (kl <= budget or retreated):  # after a retreat they are inside, or what was there
+        if budget > 0 and (kl <= budget or retreated):  # after a retreat they are inside, or what was there
             self._remember(model)
+        else:
+            self._keep_whole(inside)
         # KL is a square of the way, so its root grows evenly: the steps that are left, at most twice those of last time
         left = (math.sqrt(CEILING * budget) - math.sqrt(max(0.0, kl))) / rate if rate > 0 else math.inf
         wait = max(1, math.floor(min(self.check, 2 * numbers["wait"], left)))
@@ -340,7 +355,7 @@ class CurvatureBudget:
             self.memory.note(step, "replay begins", f"held-out KL {kl:.2e} of {self.budget_kl:g} nats after {why}")
 
     def _recount(self, model: Trainee) -> None:
-        """After a pull-back the coordinates are read off the log-likelihoods, in the basis as it is."""
+        """After a leap the coordinates are read off the log-likelihoods, in the basis as it is."""
         self.memory.tensors["z"] = self._coordinates(model)
 
     def _coordinates(self, model: Trainee) -> Tensor:

@@ -7,8 +7,9 @@ the root of the second is at most
 
     sum_k (1-b1) b1^k |g_k| / sqrt(sum_k (1-b2) b2^k g_k^2)  <=  (1-b1) / sqrt((1-b2) (1 - b1^2/b2))
 
-whatever the gradients, and the corrections for the first steps only make it smaller; 7.3 learning rates a step with the
-usual betas.
+whatever the gradients, and with the corrections for the first steps it stays below the larger of this and one: 7.3
+learning rates a step with the usual betas. Weights that something else has moved, such as a checkpoint that was loaded,
+have gone further than that, and are told by it.
 """
 
 from __future__ import annotations
@@ -21,8 +22,10 @@ from torch import Tensor
 from tiltmeter.geometry.space import BLOCK
 from tiltmeter.guards.trainee import Trainee
 from tiltmeter.lm.gathered import own_part
+from tiltmeter.lm.processes import largest_of_all
 
-#: A unit is chosen so that the longest way is this share of what two bytes can tell.
+#: A unit is chosen so that the longest way is this share of what two bytes can tell. Of ways beyond twice that share,
+#: nothing is believed.
 ROOM = 0.25
 
 
@@ -38,7 +41,7 @@ def longest_ways(model: Trainee, steps: int) -> Tensor | None:
     Cost: the largest absolute value of the weights where there is weight decay.
     """
     optimizer = model.plain_optimizer
-    if not isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW)):
+    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):  # one made from them may go further
         return None
     found = {}
     for group in optimizer.param_groups:
@@ -70,13 +73,21 @@ def place(model: Trainee, ways: Tensor) -> tuple[Tensor, Tensor]:
 
 def reaches(units: Tensor, ways: Tensor | None) -> bool:
     """Whether a landmark in these units [parameters] can be told after ways of this length."""
-    return ways is not None and bool((ways <= units.to(ways) * (2**15 - 1)).all())
+    return ways is not None and bool((ways <= units.to(ways) * 2 * ROOM * 2**15).all())
 
 
-def recall(model: Trainee, landmark: Tensor, units: Tensor) -> Tensor:
-    """The weights [n] as they were when the landmark was placed, to one unit."""
+def recall(model: Trainee, landmark: Tensor, units: Tensor) -> Tensor | None:
+    """The weights [n] as they were when the landmark was placed, to one unit.
+
+    Returns: None if they cannot be told, because something else than the optimiser has moved some of them, in any of
+        the processes that have a part.
+    """
     now = model.vector()
     way = _rounded(model, now, units).sub_(landmark.to(now.device))
+    least, most = way.aminmax() if len(way) else (torch.zeros(()), torch.zeros(()))
+    lost = max(-int(least), int(most)) > 2 * ROOM * 2**15
+    if largest_of_all(int(lost)) if model.in_parts else lost:
+        return None
     for unit, (_, part, _) in zip(units.tolist(), model.space.slices(), strict=True):
         now[part].sub_(way[part], alpha=unit)
     return now

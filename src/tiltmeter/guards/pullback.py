@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tiltmeter.geometry.space import dot
+from tiltmeter.geometry.space import blocks, dot
 from tiltmeter.guards.trainee import Trainee
 
 #: Corrections along fresh safety gradients before the last resort. More bring little: by then the guard's own examples
@@ -37,7 +37,7 @@ class PulledBack:
 
 
 def pull_back(
-    model: Trainee, kl: float, target: float, budget: float, inside: Tensor, known: Tensor | None = None
+    model: Trainee, kl: float, target: float, budget: float, inside: Tensor | None, known: Tensor | None = None
 ) -> PulledBack:
     """Lower the held-out KL to `target` if that is cheap, and below `budget` in any case.
 
@@ -49,7 +49,7 @@ def pull_back(
         kl: held-out KL as it stands, nats.
         target: held-out KL to aim for, nats.
         budget: held-out KL that must not be exceeded.
-        inside: weights [n] that were within the budget.
+        inside: weights [n] that were within the budget; None if none are known, and then there is no way back.
         known: a recent gradient of the safety KL [n], if there is one.
 
     Cost: at most three forward passes over the held-out examples along the known gradient; for each of at most `TRIES`
@@ -69,7 +69,7 @@ def pull_back(
             break
         kl = now
     how = f"along the safety gradient in {tries} steps"
-    if kl <= budget:
+    if kl <= budget or inside is None:
         return PulledBack(kl, how)
     share, way = 1.0, model.vector().sub_(inside)
     while kl > budget and share > 2**-6:
@@ -82,6 +82,13 @@ def pull_back(
     return PulledBack(kl, f"{how}, then to {share:g} of the way since the last weights inside", True)
 
 
+def times(d: Tensor, gradient: Tensor) -> Tensor:
+    """Multiply d [n] in place."""
+    for mine, theirs in blocks(d, gradient):
+        mine.mul_(theirs)
+    return d
+
+
 def _correct(model: Trainee, kl: float, target: float, gradient: Tensor, own: float) -> float:
     """One step down a gradient [n] of examples with the KL `own`; a quarter of it if that is too long, else none.
 
@@ -92,7 +99,7 @@ def _correct(model: Trainee, kl: float, target: float, gradient: Tensor, own: fl
     Returns: held-out KL afterwards, nats; as it was if neither step lowers it.
     """
     d = model.preconditioner()
-    direction = gradient if d is None else d.mul_(gradient)
+    direction = gradient if d is None else times(d, gradient)
     slope = dot(gradient, direction)
     if slope <= 0 or own <= 0:
         return kl

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tiltmeter.geometry.space import products
+from tiltmeter.geometry.space import blocks, products
 
 
 def remove_conflict(task: Tensor, safety: Tensor, strength: float = 1.0, d: Tensor | None = None) -> bool:
@@ -29,5 +29,6 @@ def remove_conflict(task: Tensor, safety: Tensor, strength: float = 1.0, d: Tens
     square, conflict = products((safety,), (safety, task), d)[0].tolist()
     if square <= 0 or conflict >= 0:
         return False
-    task.add_(safety, alpha=-strength * conflict / square)
+    for mine, theirs in blocks(task, safety):
+        mine.add_(theirs, alpha=-strength * conflict / square)
     return True

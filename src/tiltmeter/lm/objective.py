@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import jvp
 
-from tiltmeter.errors import NumericalError, OutOfMemory, SpaceMismatch
+from tiltmeter.errors import NumericalError, OutOfMemory, PartLost, SpaceMismatch
 from tiltmeter.geometry.space import ParameterSpace, dot, norm
 from tiltmeter.lm.conversation import Batch, Example, batches
 from tiltmeter.lm.difference import ATTEMPTS, FIRST, PILOT, next_length
@@ -317,7 +317,8 @@ class LanguageObjective:
         """Split the largest micro-batches, for good. False where the reading knows them by number: its owner splits.
 
         Raises:
-            OutOfMemory: they hold one sequence each, or the weights are divided among processes.
+            OutOfMemory: they hold one sequence each.
+            PartLost: the weights are divided among processes.
         """
         if self.reading is not negative_log_likelihood:
             return False
@@ -338,11 +339,12 @@ def halved(chunks: Sequence[tuple[Tensor, Batch]], forward: Forward) -> list[tup
     """Micro-batches with the largest split in two: sequence numbers and batch, the number it had, the rows of it.
 
     Raises:
-        OutOfMemory: the largest holds one sequence; or the model is divided among processes, of which the others are
-            in the middle of the pass that failed in this one and cannot do it again.
+        OutOfMemory: the largest holds one sequence.
+        PartLost: the model is divided among processes, of which the others are in the middle of the pass that failed in
+            this one and cannot do it again.
     """
     if is_divided(forward.model):
-        raise OutOfMemory(
+        raise PartLost(
             "memory ran out in one of the processes that the weights are divided among, while the others were in the "
             "same pass, so it cannot be done again in smaller pieces. Give --memory, so that micro-batches are small "
             "from the start, shorten the rows (--max-length), or start more processes."
