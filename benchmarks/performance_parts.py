@@ -325,8 +325,9 @@ class CpuClock(TrainerCallback):  # type: ignore[misc]  # transformers has no ty
 
 def guard(regime: str, name: str) -> Figures:
     """A fine-tune, a tenth of whose rows are harmful, by itself ("none") or under a guard as it comes."""
-    recipe = replace(RECIPES[regime], batch_size=8, steps=24, max_length=256)
-    recipe = replace(recipe, learning_rate=5e-4 if regime == "lora" else 2e-5)
+    recipe = replace(RECIPES[regime], batch_size=8, max_length=256)
+    steps, rate = (24, 5e-4) if regime == "lora" else (16, 2e-5)
+    recipe = replace(recipe, steps=steps, learning_rate=rate)
     opened = with_lora(open_model(MODEL, device="cpu"), recipe.lora, 0)
     loaded, clock = opened.loaded, CpuClock()
     weights = sum(p.numel() * p.element_size() for p in trainable(loaded.model).values())
@@ -338,6 +339,7 @@ def guard(regime: str, name: str) -> Figures:
         fields = arguments_of(recipe, {"save_strategy": "no"}, Path(folder), loaded.model.device)
         train(build_trainer(loaded, rows, recipe, fields), [clock, *guards], None)
     out: Figures = {
+        "steps": steps,
         "step_cpu_s": sum(clock.seconds) / len(clock.seconds),
         "before_gb": before,
         "peak_gb": peak_gb(),
