@@ -110,9 +110,9 @@ def test_a_landmark_says_how_far_it_reaches():
     model = trainee(torch.ones(5, dtype=DOUBLE), lr=1e-3, weight_decay=0.0)
     ways = longest_ways(model, 4)
     _, units = place(model, ways)
-    assert reaches(units, 1.99 * ways)
-    assert not reaches(units, 2.01 * ways)
-    assert not reaches(units, None)
+    assert reaches(model, units, 1.99 * ways)
+    assert not reaches(model, units, 2.01 * ways)
+    assert not reaches(model, units, None)
 
 
 def guarded(every, rate=0.05, **settings):

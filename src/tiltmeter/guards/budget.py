@@ -160,7 +160,7 @@ class CurvatureBudget:
     def _keep_before(self, model: Trainee) -> None:
         tensors = self.memory.tensors
         if self.memory.numbers.get("inside_is_before"):
-            if "units" in tensors and not reaches(tensors["units"], longest_ways(model, self.every)):
+            if "units" in tensors and not reaches(model, tensors["units"], longest_ways(model, self.every)):
                 # the learning rate has grown beyond what two bytes can follow
                 self._keep_whole(self._inside(model))
         elif "before" not in tensors:

@@ -71,9 +71,10 @@ def place(model: Trainee, ways: Tensor) -> tuple[Tensor, Tensor]:
     return _rounded(model, model.vector(), units), units
 
 
-def reaches(units: Tensor, ways: Tensor | None) -> bool:
-    """Whether a landmark in these units [parameters] can be told after ways of this length."""
-    return ways is not None and bool((ways <= units.to(ways) * 2 * ROOM * 2**15).all())
+def reaches(model: Trainee, units: Tensor, ways: Tensor | None) -> bool:
+    """Whether a landmark in these units [parameters] can be told after ways of this length, in all processes."""
+    short = ways is None or not bool((ways <= units.to(ways) * 2 * ROOM * 2**15).all())
+    return not (largest_of_all(int(short)) if model.in_parts else short)
 
 
 def recall(model: Trainee, landmark: Tensor, units: Tensor) -> Tensor | None:
