@@ -22,10 +22,12 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
 GUARDS = ROOT / "docs" / "guards.md"
+WHICH = ROOT / "docs" / "how-to" / "which-guard.md"
 FINDINGS = ROOT / "docs" / "findings.md"
 NAME = "validation"
 BLOCK = re.compile(r"<!-- validation table -->.*?<!-- end of validation table -->", re.S)
 GUARD_BLOCK = re.compile(r"<!-- aligned table -->.*?<!-- end of aligned table -->", re.S)
+SUMMARY_BLOCK = re.compile(r"<!-- summary table -->.*?<!-- end of summary table -->", re.S)
 
 #: Predictors in the README's table besides ours: the rest are in the record and on the page.
 BASELINES = ("gradient_norm", "gamma_hat", "initial_overlap", "overlap_cosine", "initial_loss", "random_subspace",
@@ -155,16 +157,11 @@ def guard_table(record: dict[str, Any]) -> str:
         "| refusals | over-refused | step time |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    free = {(r["set"], r["regime"], r["seed"]): r for r in record["guard_runs"] if r["guard"] == "none"}
     grouped: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for run in record["guard_runs"]:
         grouped.setdefault(tuple(run[key] for key in ("regime", "set", "guard", "strength")), []).append(run)
     for (regime, name, guard, strength), runs in grouped.items():
-        learned = []
-        for run in runs:
-            alone = free[run["set"], run["regime"], run["seed"]]
-            fall, whole = (each["task_loss_before"] - each["task_loss"] for each in (run, alone))
-            learned.append(fall / whole)
+        learned = [_learned(run, record["guard_runs"]) for run in runs]
         front = sum(not any(_beats(other, run) for other in record["guard_runs"]) for run in runs)
         spread = [_spread(learned, _percent), _spread([run["heldout_kl"] for run in runs], "{:.3g}".format)]
         spread.append(f"{front} of {len(runs)}")
@@ -177,6 +174,38 @@ def guard_table(record: dict[str, Any]) -> str:
             spread.append(_spread([run[key] for run in runs], form))
         rows.append(f"| {' | '.join([regime, name, guard, f'{strength:g}', str(len(runs)), *spread])} |")
     return "\n".join(rows)
+
+
+def guard_summary(record: dict[str, Any]) -> str:
+    """The same runs by guard, strength and regime, over sets and seeds, as Markdown."""
+    rows = [
+        "| regime | guard | strength | runs | learned | safety KL on unseen prompts, nats | refused of these "
+        "| harmless refused | memory, GB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    runs = record["guard_runs"]
+    grouped: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for run in runs:
+        grouped.setdefault(tuple(run[key] for key in ("regime", "guard", "strength")), []).append(run)
+    for (regime, guard, strength), own in grouped.items():
+        spread = [_spread([_learned(run, runs) for run in own], _percent)]
+        for key, form in (
+            ("heldout_kl", "{:.3f}".format),
+            ("refusal_rate", _percent),
+            ("over_refusal_rate", _percent),
+            ("extra_memory_gb", "{:.3f}".format),
+        ):
+            spread.append(_spread([run[key] for run in own], form))
+        rows.append(f"| {' | '.join([regime, guard, f'{strength:g}', str(len(own)), *spread])} |")
+    return "\n".join(rows)
+
+
+def _learned(run: dict[str, Any], runs: Sequence[dict[str, Any]]) -> float:
+    """Fall of a run's task loss over that of the unguarded run of its set, regime and seed."""
+    same = ("set", "regime", "seed")
+    alone = next(r for r in runs if r["guard"] == "none" and all(r[key] == run[key] for key in same))
+    fall, whole = (each["task_loss_before"] - each["task_loss"] for each in (run, alone))
+    return float(fall / whole)
 
 
 def _beats(one: dict[str, Any], other: dict[str, Any]) -> bool:
@@ -258,6 +287,8 @@ def main() -> None:
         print(made)
         block = f"<!-- aligned table -->\n{made}\n<!-- end of aligned table -->"
         GUARDS.write_text(GUARD_BLOCK.sub(lambda _: block, GUARDS.read_text(encoding="utf-8")), encoding="utf-8")
+        short = f"<!-- summary table -->\n{guard_summary(record)}\n<!-- end of summary table -->"
+        WHICH.write_text(SUMMARY_BLOCK.sub(lambda _: short, WHICH.read_text(encoding="utf-8")), encoding="utf-8")
     FINDINGS.write_text(with_set_tables(FINDINGS.read_text(encoding="utf-8"), record, name), encoding="utf-8")
     if name == NAME:
         README.write_text(with_table(README.read_text(encoding="utf-8"), record), encoding="utf-8")

@@ -73,6 +73,10 @@ def benchmark(name):
     return module
 
 
+def committed(name):
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize("scale", [1e-2, 1.0, 1e2])
 def test_misses_of_forecasts_by_hand(scale):
     """Two cells: a miss of half the reach upwards, of a fifth downwards; KL at half and at three times the measured."""
@@ -93,10 +97,6 @@ def test_misses_of_forecasts_by_hand(scale):
 
 def test_tables_of_validations_are_those_of_the_committed_records():
     made = benchmark("validation")
-
-    def committed(name):
-        return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text(encoding="utf-8"))
-
     assert f"<!-- validation table -->\n{made.table(committed('validation'))}\n<!-- end of validation" in README
     findings = (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
     asked = re.findall(r"<!-- sets (\S+) (\S+) -->\n(.*?)\n<!-- end of sets -->", findings, re.S)
@@ -108,6 +108,50 @@ def test_tables_of_validations_are_those_of_the_committed_records():
     guards = (ROOT / "docs" / "guards.md").read_text(encoding="utf-8")
     table = made.guard_table(committed("validation-guards"))
     assert f"<!-- aligned table -->\n{table}\n<!-- end of aligned table -->" in guards
+    which = (ROOT / "docs" / "how-to" / "which-guard.md").read_text(encoding="utf-8")
+    short = made.guard_summary(committed("validation-guards"))
+    assert f"<!-- summary table -->\n{short}\n<!-- end of summary table -->" in which
+
+
+def test_what_the_text_says_of_guards_is_what_the_runs_were():
+    """Ranges over the runs of `budget`, and what a step under it costs."""
+    made, record = benchmark("validation"), committed("validation-guards")
+    runs = record["guard_runs"]
+
+    def told(guard, strength, regime, form, value):
+        own = [r for r in runs if (r["guard"], r["strength"], r["regime"]) == (guard, strength, regime)]
+        return len(own), " to ".join(form(end([value(r) for r in own])) for end in (min, max))
+
+    def learned(run):
+        return made._learned(run, runs)
+
+    def percent(share):
+        return f"{100 * share:.0f} %"
+
+    def near(nats):
+        return f"{nats:.3f}"
+
+    def far(nats):
+        return f"{nats:.2f}" if nats > 0.1 else f"{nats:.3f}"
+
+    guards = (ROOT / "docs" / "guards.md").read_text(encoding="utf-8")
+    for regime, count in (("lora-adamw", 8), ("full-adamw", 4)):
+        n, share = told("budget", 0.05, regime, percent, learned)
+        kl = told("budget", 0.05, regime, near, lambda r: r["heldout_kl"])[1]
+        alone = told("none", 0.0, regime, far, lambda r: r["heldout_kl"])[1]
+        assert n == count
+        for text, phrases in (
+            (README, (share, kl, alone)),
+            (guards, (kl, alone, told("budget", 0.2, regime, percent, learned)[1])),
+            (guards, (told("budget", 0.2, regime, near, lambda r: r["heldout_kl"])[1],)),
+        ):
+            assert all(phrase in " ".join(text.split()) for phrase in phrases), phrases
+    costs = committed("performance")
+    which = (ROOT / "docs" / "how-to" / "which-guard.md").read_text(encoding="utf-8")
+    for key in ("guard_step_ratio", "guard_full_step_ratio", "guard_full_peak_ratio"):
+        assert f"{costs[key]:.2f} times" in which, key
+    for key in ("guard_step_ratio", "guard_full_step_ratio"):
+        assert f"{costs[key]:.2f}x" in guards, key
 
 
 def test_seeds_of_a_guard_are_shown_side_by_side():

@@ -6,6 +6,7 @@ import pytest
 import torch
 from worlds import World, step
 
+from tiltmeter.geometry import space
 from tiltmeter.geometry.systems import DOUBLE
 from tiltmeter.guards import budget
 from tiltmeter.guards.budget import CurvatureBudget
@@ -37,6 +38,19 @@ def test_surgery_takes_out_what_raises_the_loss(scale, metric, strength):
     # and only along the safety gradient: the least change in the dual metric
     moved = task - kept
     torch.testing.assert_close(moved, safety * (moved @ safety) / (safety @ safety))
+
+
+@pytest.mark.parametrize("block", [1, 4, 9, 100])
+def test_surgery_and_scaling_in_blocks_are_those_at_once(block, monkeypatch):
+    """Also where the remembered gradient is narrower than the task's."""
+    monkeypatch.setattr(space, "BLOCK", block)
+    task, narrow, d = random(9, 1).float(), random(9, 2).bfloat16(), random(9, 3).exp().float()
+    wide = narrow.double()
+    assert torch.equal(space.multiply(d.clone(), narrow), d * narrow.float())
+    task -= (narrow.float() * (1.0 + float(task.double() @ wide)) / float(wide @ wide)).float()
+    wanted = task.double() - wide * float(task.double() @ wide) / float(wide @ wide)
+    assert remove_conflict(task, narrow)
+    torch.testing.assert_close(task.double(), wanted, rtol=1e-5, atol=1e-6)
 
 
 def test_without_conflict_nothing_is_touched():

@@ -56,6 +56,30 @@ def test_weights_are_told_to_one_unit_after_the_longest_way(scale, dtype):
             assert float((told - before).abs().max()) <= float(units) + rounding
 
 
+def test_every_parameter_has_the_unit_of_its_own_way():
+    """Two groups, one thirty times as fast; whatever the blocks that are worked in."""
+    slow, fast = (nn.Parameter(random(11, seed)) for seed in (1, 2))
+    held = {"slow": slow, "fast": fast}
+    groups = [{"params": [slow], "lr": 1e-3}, {"params": [fast], "lr": 3e-2}]
+    flat = torch.zeros(22, dtype=DOUBLE)
+    still = SystemSafety(lambda t: t[:2][None], lambda t: t[:2][None], flat, flat, ParameterSpace.of(held))
+    model = Trainee(held, torch.optim.AdamW(groups, weight_decay=0.0), still)
+    ways, before = longest_ways(model, 4), model.vector()
+    assert float(ways[1] / ways[0]) == pytest.approx(30)
+    found = []
+    for block in (2**22, 5):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("tiltmeter.guards.landmark.BLOCK", block)
+            model.write(before)
+            landmark, units = place(model, ways)
+            model.write(before + torch.cat([random(11, 3).tanh() * ways[0], random(11, 4).tanh() * ways[1]]))
+            found.append(recall(model, landmark, units))
+    assert torch.equal(*found)
+    off = (found[0] - before).abs().view(2, 11).amax(1)
+    assert (off <= units).all()
+    assert off[0] < units[1] / 29
+
+
 @pytest.mark.parametrize("betas", BETAS)
 def test_no_gradients_move_adam_further_than_the_bound(betas):
     """The worst gradients are those of Cauchy and Schwarz, g_k ~ (b1/b2)^k back in time.

@@ -143,6 +143,13 @@ def blocks(*vectors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     return zip(*(torch.split(vector, BLOCK) for vector in vectors), strict=True)
 
 
+def multiply(onto: Tensor, vector: Tensor) -> Tensor:
+    """Multiply a vector [n] by another of any dtype, in place, and return it."""
+    for mine, theirs in blocks(onto, vector):
+        mine.mul_(theirs)
+    return onto
+
+
 def dot(a: Tensor, b: Tensor) -> float:
     """Inner product of two vectors [n], added up in float64 piece by piece.
 

@@ -26,11 +26,11 @@ from torch import Tensor
 from tiltmeter.errors import InputError
 from tiltmeter.geometry.motion import narrow
 from tiltmeter.geometry.sensitivity import Basis, DenseBasis, SampleBasis
-from tiltmeter.geometry.space import blocks, dot, norm, products
+from tiltmeter.geometry.space import blocks, dot, multiply, norm, products
 from tiltmeter.guards.contract import Memory, require_strength
 from tiltmeter.guards.hold import hold
 from tiltmeter.guards.landmark import longest_ways, place, reaches, recall
-from tiltmeter.guards.pullback import pull_back, times
+from tiltmeter.guards.pullback import pull_back
 from tiltmeter.guards.safety import draw
 from tiltmeter.guards.surgery import remove_conflict
 from tiltmeter.guards.trainee import Trainee, require_examples
@@ -304,7 +304,7 @@ class CurvatureBudget:
         if (rise := dot(slope, model.moved(before))) <= 0:
             return
         d = model.preconditioner()
-        direction = slope.to(before, copy=True) if d is None else times(d, slope)
+        direction = slope.to(before, copy=True) if d is None else multiply(d, slope)
         move = direction.mul_(-self.strength * rise / dot(slope, direction))
         model.write(model.vector().add_(move))
         self.memory.tensors["z"] += self._basis(model).coordinates(move).double().cpu()

@@ -8,8 +8,8 @@ the root of the second is at most
     sum_k (1-b1) b1^k |g_k| / sqrt(sum_k (1-b2) b2^k g_k^2)  <=  (1-b1) / sqrt((1-b2) (1 - b1^2/b2))
 
 whatever the gradients, and with the corrections for the first steps it stays below the larger of this and one: 7.3
-learning rates a step with the usual betas. Weights that something else has moved, such as a checkpoint that was loaded,
-have gone further than that, and are told by it.
+learning rates a step with the usual betas. A way that is longer says that something else has moved the weights, a
+checkpoint that was loaded for instance; only one that is a multiple of 2^16 units in every number, nearly, would not.
 """
 
 from __future__ import annotations

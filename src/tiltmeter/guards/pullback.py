@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from tiltmeter.geometry.space import blocks, dot
+from tiltmeter.geometry.space import dot, multiply
 from tiltmeter.guards.trainee import Trainee
 
 #: Corrections along fresh safety gradients before the last resort. More bring little: by then the guard's own examples
@@ -82,13 +82,6 @@ def pull_back(
     return PulledBack(kl, f"{how}, then to {share:g} of the way since the last weights inside", True)
 
 
-def times(d: Tensor, gradient: Tensor) -> Tensor:
-    """Multiply d [n] in place."""
-    for mine, theirs in blocks(d, gradient):
-        mine.mul_(theirs)
-    return d
-
-
 def _correct(model: Trainee, kl: float, target: float, gradient: Tensor, own: float) -> float:
     """One step down a gradient [n] of examples with the KL `own`; a quarter of it if that is too long, else none.
 
@@ -99,7 +92,7 @@ def _correct(model: Trainee, kl: float, target: float, gradient: Tensor, own: fl
     Returns: held-out KL afterwards, nats; as it was if neither step lowers it.
     """
     d = model.preconditioner()
-    direction = gradient if d is None else times(d, gradient)
+    direction = gradient if d is None else multiply(d, gradient)
     slope = dot(gradient, direction)
     if slope <= 0 or own <= 0:
         return kl
