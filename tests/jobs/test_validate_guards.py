@@ -11,8 +11,14 @@ import torch
 
 from tiltmeter import store
 from tiltmeter.errors import InputError
+from tiltmeter.jobs.inputs import open_model, open_rows
 from tiltmeter.jobs.validate import validate
 from tiltmeter.jobs.validation_plan import Plan, read_plan
+from tiltmeter.jobs.validation_record import summary_of
+from tiltmeter.lm.conversation import prompts_of
+from tiltmeter.lm.generation import generate
+from tiltmeter.lm.judge import Answer, judge_refusal
+from tiltmeter.lm.safety import spread
 from tiltmeter.report.numbers import setting_text
 from tiltmeter.report.validation_page import render_validation_page
 
@@ -86,6 +92,43 @@ def test_runs_are_what_the_cells_measured(done: tuple[Plan, Path, dict]) -> None
     assert runs["none"]["step_time_ratio"] == 1.0
     assert runs["none"]["extra_memory_gb"] == 0.0
     assert runs["budget"]["extra_memory_gb"] > 0
+
+
+def test_refusals_are_compared_with_the_aligned_models_on_the_same_prompts(done: tuple[Plan, Path, dict]) -> None:
+    plan, _, summary = done
+    opened = open_model(plan.model)
+    _, held_out, _ = plan.split()
+    harmless = open_rows("demo:tiny-known").rows
+    asked = {
+        "refusal": held_out.rows,
+        "over_refusal": [harmless[i] for i in spread(len(harmless), 6)],
+    }
+    for name, rows in asked.items():
+        answers = generate(opened.loaded, list(prompts_of(list(rows), opened.loaded.tokenizer)), 6)
+        told = [judge_refusal(answer) for answer in answers]
+        known = [answer is Answer.REFUSED for answer in told if answer is not Answer.UNDETERMINED]
+        for run in summary["guard_runs"]:
+            change = run[f"{name}_change"]
+            assert change["before"] == sum(known) / len(known)
+            if len(known) == len(rows):  # then all answers can be compared
+                assert change["value"] == pytest.approx(run[f"{name}_rate"] - change["before"])
+            assert change["low"] <= change["value"] <= change["high"]
+            assert change["low"] < change["high"]
+
+
+def test_runs_of_an_older_version_say_that_the_aligned_model_was_not_asked(done: tuple[Plan, Path, dict]) -> None:
+    plan, out, _ = done
+    cells = []
+    for cell in plan.cells():
+        record = store.read_record(out / "cells" / cell.name)[0]
+        del record["compared"]["over_refusal_change"], record["measured"]["held_out"]["refusal_change"]
+        cells.append(record)
+    summary = summary_of(plan, cells)
+    store.check_values(summary)
+    (first, *_) = summary["guard_runs"]
+    assert first["refusal_change"] == dict.fromkeys(("before", "value", "low", "high"))
+    assert "older version" in summary["reasons"]["guard_runs.0.over_refusal_change.value"]
+    assert "change from the aligned model" not in render_validation_page(summary, "Trial")
 
 
 def test_a_guard_keeps_what_the_run_without_loses(done: tuple[Plan, Path, dict]) -> None:

@@ -197,14 +197,38 @@ def test_a_canary_is_weighed_by_inverse_squares(apart: float) -> None:
     assert_close(value("canary_margin", case), last + weight * (0.5 - first) * 20)
 
 
-def test_a_canary_of_the_kl_works_on_its_root() -> None:
+@pytest.mark.parametrize("times", [0.0, 0.25, 1.75, 4.0])
+def test_a_canary_of_the_kl_corrects_its_root_to_first_order(times: float) -> None:
     w = world()
     exact = PREDICTORS["rehearsal_kl"](w.case)
     assert exact.curve is not None
-    canary = replace(run_canary(w.case), kl=torch.full((3,), 4 * exact.curve.value[0], dtype=DOUBLE))
+    canary = replace(run_canary(w.case), kl=torch.full((3,), times * exact.curve.value[0], dtype=DOUBLE))
     told = canary_kl(replace(w.case, canary=canary)).value
     first, last = math.sqrt(exact.curve.value[0]), math.sqrt(exact.curve.value[-1])
-    assert_close(told, (last + 20 * first) ** 2)
+    # (times first^2 - first^2) / (2 first); luck that leaves the mean of the KL alone leaves that of the root alone too
+    assert_close(told, max(0.0, last + 20 * first * (times - 1) / 2) ** 2)
+
+
+@pytest.mark.parametrize("times", [0.01, 1.5])
+def test_a_canary_that_sees_little_kl_is_no_surer_than_one_that_sees_much(times: float) -> None:
+    share, doubt = 0.2, 0.01
+    w = world(noise=share, doubt=doubt, apart=10.0)
+    exact = PREDICTORS["rehearsal_kl"](w.case)
+    assert exact.curve is not None
+    first, last = math.sqrt(exact.curve.value[0]), math.sqrt(exact.curve.value[-1])
+    canary = replace(run_canary(w.case), kl=torch.full((3,), times * first**2, dtype=DOUBLE))
+    told = canary_kl(replace(w.case, canary=canary)).value
+    weight = (doubt * last) ** 2 / ((doubt * last) ** 2 + (share * first * 20) ** 2)
+    assert 1e-4 < weight < 0.9
+    assert_close(told, (last + weight * 20 * first * (times - 1) / 2) ** 2)
+
+
+def test_a_canary_has_nothing_to_correct_where_the_forecast_sees_no_kl() -> None:
+    w = world()
+    paths = {name: replace(v, safety_kl=torch.zeros_like(v.safety_kl)) for name, v in w.case.measured.paths.items()}
+    risk = canary_kl(replace(w.case, measured=replace(w.case.measured, paths=paths)))
+    assert risk.value is None
+    assert "no motion" in str(risk.reason)
 
 
 def test_an_unknown_noise_gives_no_canary() -> None:

@@ -25,11 +25,12 @@ from tiltmeter.lm.conversation import encode
 from tiltmeter.lm.divergence import divergence_objective
 from tiltmeter.lm.forward import Forward
 from tiltmeter.lm.generation import generate
-from tiltmeter.lm.judge import judge_refusal
+from tiltmeter.lm.judge import Answer, judge_refusal
 from tiltmeter.lm.kl_and_margin import reads_packed, standing
 from tiltmeter.lm.measurement import Measurement
-from tiltmeter.lm.model import trainable, undisturbed
+from tiltmeter.lm.model import Loaded, trainable, undisturbed
 from tiltmeter.lm.objective import likelihood_objective, negative_margin_objective
+from tiltmeter.lm.paired import Change, paired_change
 from tiltmeter.lm.rows import RowSet
 from tiltmeter.lm.safety import SafetySet, refusal_rate, spread
 
@@ -44,10 +45,27 @@ class Asked:
     Attributes:
         safety: in tokens, with the aligned model's answers.
         prompts: the same as text or conversations, for answers.
+        before: what the aligned model does with each.
     """
 
     safety: SafetySet
     prompts: tuple[Any, ...]
+    before: tuple[Answer, ...]
+
+
+@dataclass(frozen=True)
+class Refusals:
+    """How often the same prompts are refused before and after a run.
+
+    Attributes:
+        after: share of refusals among the answers after the run.
+        before: the same share of the aligned model's; None where no answer could be judged.
+        change: after - before, prompt by prompt, share; None, as `before`, for a run that an older version measured.
+    """
+
+    after: Measurement
+    before: float | None = None
+    change: Change | None = None
 
 
 @dataclass(frozen=True)
@@ -58,13 +76,13 @@ class Seen:
         steps: [s], ascending from 0.
         margin: [s, m], nats.
         kl: [s, m], nats per token.
-        refusals: share of refusals among the answers after the run.
+        refusals: among the answers before and after the run.
     """
 
     steps: tuple[int, ...]
     margin: Tensor
     kl: Tensor
-    refusals: Measurement
+    refusals: Refusals
 
 
 @dataclass(frozen=True)
@@ -75,11 +93,13 @@ class Guarded:
         guard: the guard, or None.
         rows: safety prompts that the guard learns from.
         harmless: prompts that should not be refused, as text or conversations; empty to leave that out.
+        before: what the aligned model does with each of these.
     """
 
     guard: GuardOptions | None
     rows: tuple[dict[str, Any], ...]
     harmless: tuple[Any, ...] = ()
+    before: tuple[Answer, ...] = ()
 
 
 #: How `Compared.step_seconds` is taken; cells of a plan with guards that were timed otherwise are not compared.
@@ -92,7 +112,7 @@ class Compared:
 
     Attributes:
         task_loss: before and after, on a sample of the rows that were learned, nats per token.
-        over_refusals: refused share of the harmless prompts after the run, or None where there are none.
+        over_refusals: of the harmless prompts before and after the run, or None where there are none.
         step_seconds: time of an optimiser step, the guard's part included, see `TIMING`; a mean, because what a guard
             does now and then would not be seen in a median.
         extra_gb: the most that the guard held on to between two events.
@@ -102,7 +122,7 @@ class Compared:
 
     strength: float
     task_loss: tuple[float, float]
-    over_refusals: Measurement | None
+    over_refusals: Refusals | None
     step_seconds: float
     extra_gb: float
     did: tuple[tuple[int, str, str], ...]
@@ -246,8 +266,7 @@ def run_trial(
     length = sum(float((now.detach() - was).double().square().sum()) for now, was in ends) ** 0.5
     seen = {}
     for name, each in asked.items():
-        texts = generate(loaded, list(each.prompts), answer_tokens)
-        rate = refusal_rate([judge_refusal(text) for text in texts])
+        rate = _refusals(loaded, each.prompts, each.before, answer_tokens)
         rows = watch.rows[name]
         margin, kl = (torch.stack([rows[step][part] for step in rows]) for part in (0, 1))
         seen[name] = Seen(tuple(rows), margin, kl, rate)
@@ -255,8 +274,7 @@ def run_trial(
     if guarded is not None and task is not None:
         over = None
         if guarded.harmless:
-            texts = generate(loaded, list(guarded.harmless), answer_tokens)
-            over = refusal_rate([judge_refusal(text) for text in texts])
+            over = _refusals(loaded, guarded.harmless, guarded.before, answer_tokens)
         losses = before, _mean_loss(loaded.model, task)
         strength = 0.0
         if guard is not None and guarded.guard is not None:
@@ -265,6 +283,22 @@ def run_trial(
             strength, losses, over, statistics.fmean(clock.seconds[1:] or clock.seconds), _held_gb(guard), _done(guard)
         )
     return Trial(seen, length, time.perf_counter() - begin, loaded.digest, compared)
+
+
+def judged(loaded: Loaded, prompts: Sequence[Any], answer_tokens: int) -> tuple[Answer, ...]:
+    """What a model does with each prompt. Cost: an answer to each, greedy."""
+    return tuple(judge_refusal(text) for text in generate(loaded, list(prompts), answer_tokens))
+
+
+def _refusals(loaded: Loaded, prompts: Sequence[Any], before: Sequence[Answer], answer_tokens: int) -> Refusals:
+    after = judged(loaded, prompts, answer_tokens)
+    change = paired_change(_as_shares(before), _as_shares(after), "share", share=True)
+    return Refusals(refusal_rate(after), refusal_rate(before).value, change)
+
+
+def _as_shares(answers: Sequence[Answer]) -> list[float | None]:
+    """1 for a refusal, 0 for an answer, None for what the judge could not tell."""
+    return [None if each is Answer.UNDETERMINED else float(each is Answer.REFUSED) for each in answers]
 
 
 def _mean_loss(model: Any, task: Objective) -> float:

@@ -12,11 +12,15 @@ from torch import Tensor
 from tiltmeter.geometry.forecast import mean_interval
 from tiltmeter.jobs.provenance import provenance
 from tiltmeter.jobs.record import Reasons
-from tiltmeter.jobs.trial import Seen, Trial
+from tiltmeter.jobs.trial import Refusals, Seen, Trial
 from tiltmeter.jobs.validation_plan import Cell, Plan
 from tiltmeter.jobs.validation_scores import crossing
+from tiltmeter.lm.paired import Change
 
 CELL_SCHEMA = "tiltmeter/cell/1"
+
+#: Why a kept run does not say how often the aligned model refuses.
+OLDER = "the run was measured by a version that did not ask the aligned model"
 
 
 def foretold_cell(
@@ -125,10 +129,11 @@ def _guard_of(plan: Plan, cell: Cell, trial: Trial, why: Reasons) -> dict[str, A
     held, guard = trial.compared, cell.guard
     out: dict[str, Any] = {"guard": {"name": "none" if guard is None else guard.name, "strength": held.strength}}
     over = held.over_refusals
-    none = "the plan names no harmless set" if over is None else over.reason or "the judge could tell no answer"
+    none = "the plan names no harmless set" if over is None else over.after.reason or "the judge could tell no answer"
     out["compared"] = {
         "task_loss": {"before": held.task_loss[0], "after": held.task_loss[1], "unit": "nats per token"},
-        "over_refusal_rate": why.number("compared.over_refusal_rate", None if over is None else over.value, none),
+        "over_refusal_rate": why.number("compared.over_refusal_rate", None if over is None else over.after.value, none),
+        "over_refusal_change": _refusal_change(over, "compared.over_refusal_change", none, why),
         "step_seconds": held.step_seconds,
         "extra_memory_gb": held.extra_gb,
         "did": [{"step": step, "what": what, "why": reason} for step, what, reason in held.did],
@@ -168,7 +173,7 @@ def _measured(seen: Seen, level: float, path: str, why: Reasons) -> dict[str, An
     out["margin_anchor"] = float(anchor.double().mean())
     out["below_zero"] = (seen.margin < 0).double().mean(-1).tolist()
     out["collapse_step"] = why.number(f"{path}.collapse_step", crossing(seen.steps, seen.margin), "no collapse")
-    refusals = seen.refusals
+    refusals = seen.refusals.after
     out["refusal_rate"] = {
         "value": why.number(f"{path}.refusal_rate.value", refusals.value, "the judge could tell no answer"),
         "low": why.number(f"{path}.refusal_rate.low", refusals.low, "the judge could tell no answer"),
@@ -177,4 +182,33 @@ def _measured(seen: Seen, level: float, path: str, why: Reasons) -> dict[str, An
         "unscored": refusals.unscored,
         "unit": "share",
     }
+    out["refusal_change"] = _refusal_change(seen.refusals, f"{path}.refusal_change", OLDER, why)
     return out
+
+
+def _refusal_change(refusals: Refusals | None, path: str, none: str, why: Reasons) -> dict[str, Any]:
+    """Refusals against the aligned model's, prompt by prompt."""
+    change = None if refusals is None else refusals.change
+    before = None if refusals is None else refusals.before
+    unheard = none if change is None else "the judge could tell no answer of the aligned model"
+    reason = none if change is None else change.reason or "the judge could tell no answer"
+    ends = {end: why.number(f"{path}.{end}", getattr(change, end, None), reason) for end in ("value", "low", "high")}
+    return {
+        "before": why.number(f"{path}.before", before, unheard),
+        **ends,
+        "n": 0 if change is None else change.n,
+        "unit": "share",
+        "method": "none" if change is None else change.method,
+    }
+
+
+def refusal_change_of(record: Mapping[str, Any], path: str) -> tuple[float | None, Change | None]:
+    """Read back what a record says of a run's refusals against the aligned model's; None where it is an older one."""
+    held: Mapping[str, Any] = record
+    for part in path.split("."):
+        held = held[part]
+    told = held.get("refusal_change")
+    if told is None or told["method"] == "none":
+        return None, None
+    ends = {key: told[key] for key in ("value", "low", "high", "n", "unit", "method")}
+    return told["before"], Change(**ends, reason=record["reasons"].get(f"{path}.refusal_change.value"))

@@ -78,6 +78,13 @@ def _guard_runs(plan: Plan, cells: Sequence[Cell], why: Reasons) -> list[dict[st
         if held["over_refusal_rate"] is None:
             why[f"{path}.over_refusal_rate"] = cell["reasons"]["compared.over_refusal_rate"]
         refused = cell["reasons"].get("measured.held_out.refusal_rate.value", "")
+        changes = {
+            name: _change(held_change, f"{path}.{name}", why)
+            for name, held_change in (
+                ("refusal_change", seen.get("refusal_change")),
+                ("over_refusal_change", held.get("over_refusal_change")),
+            )
+        }
         ratio = None if alone is None else held["step_seconds"] / alone["compared"]["step_seconds"]
         out.append(
             {
@@ -92,12 +99,20 @@ def _guard_runs(plan: Plan, cells: Sequence[Cell], why: Reasons) -> list[dict[st
                 "margin": seen["margin_anchor"] + seen["margin_change"]["value"][-1],
                 "refusal_rate": why.number(f"{path}.refusal_rate", seen["refusal_rate"]["value"], refused),
                 "over_refusal_rate": held["over_refusal_rate"],
+                **changes,
                 "step_time_ratio": why.number(f"{path}.step_time_ratio", ratio, "the run without a guard is not there"),
                 "extra_memory_gb": held["extra_memory_gb"],
                 "task_loss_before": held["task_loss"]["before"],
             }
         )
     return out
+
+
+def _change(told: Mapping[str, Any] | None, path: str, why: Reasons) -> dict[str, float | None]:
+    """Refusals against the aligned model's, with the interval; nothing but a reason in cells of an older version."""
+    none = "not measured: an older version did not ask the aligned model, or the judge could tell no answer"
+    held = told or {}
+    return {end: why.number(f"{path}.{end}", held.get(end), none) for end in ("before", "value", "low", "high")}
 
 
 def harm(cell: Cell, quantity: str, prompts: str) -> float:

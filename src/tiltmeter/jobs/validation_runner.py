@@ -17,11 +17,12 @@ from tiltmeter.jobs.inputs import Opened, open_model, open_rows
 from tiltmeter.jobs.predict import SafetySide, case_of, measure_safety_side, predict, risks_record
 from tiltmeter.jobs.record import Reasons
 from tiltmeter.jobs.subject import Report, Subject, answer_safety, measure_subject, silent, with_lora
-from tiltmeter.jobs.trial import Asked, Guarded, Seen, Trial, run_trial
+from tiltmeter.jobs.trial import Asked, Guarded, Refusals, Seen, Trial, judged, run_trial
 from tiltmeter.jobs.tuning import sample_tuning
-from tiltmeter.jobs.validation_cell import arrays_of, foretold_cell, guarded_cell, refused_cell
+from tiltmeter.jobs.validation_cell import arrays_of, foretold_cell, guarded_cell, refusal_change_of, refused_cell
 from tiltmeter.jobs.validation_plan import Cell, Plan
 from tiltmeter.lm.conversation import prompts_of
+from tiltmeter.lm.judge import Answer
 from tiltmeter.lm.measurement import Measurement
 from tiltmeter.lm.model import undisturbed
 from tiltmeter.lm.rows import RowSet
@@ -42,6 +43,7 @@ class Side:
         dear: what only some predictors need, or None.
         taught: prompts that guards learn from.
         harmless: prompts that should not be refused.
+        before: what the aligned model does with each of these.
     """
 
     subject: Subject
@@ -49,6 +51,7 @@ class Side:
     dear: SafetySide | None
     taught: tuple[dict[str, Any], ...] = ()
     harmless: tuple[Any, ...] = ()
+    before: tuple[Answer, ...] = ()
 
     @property
     def device(self) -> str:
@@ -134,7 +137,7 @@ class Runner:
             seed=plan.options.seed,
             answer_tokens=plan.options.response_tokens,
             max_tokens=plan.options.max_tokens,
-            guarded=None if plan.guarding is None else Guarded(cell.guard, side.taught, side.harmless),
+            guarded=None if plan.guarding is None else Guarded(cell.guard, side.taught, side.harmless, side.before),
         )
         _remove(folder / "trainer")
         return trial
@@ -161,16 +164,21 @@ class Runner:
             unseen = replace(options, max_safety=plan.held_out)
             answered = answer_safety(opened, held_out, unseen, subject.forward.passes)
             dear = measure_safety_side(subject) if set(cell.regime.predictors) - set(MEASURED) else None
+        report("refusals of the aligned model")
         asked = {
-            "assessed": Asked(subject.safety, _prompts(opened, assessed)),
-            "held_out": Asked(answered, _prompts(opened, held_out)),
+            name: Asked(held, prompts, judged(opened.loaded, prompts, options.response_tokens))
+            for name, held, prompts in (
+                ("assessed", subject.safety, _prompts(opened, assessed)),
+                ("held_out", answered, _prompts(opened, held_out)),
+            )
         }
         harmless: tuple[Any, ...] = ()
         if plan.guarding is not None and plan.guarding.harmless is not None:
             held_rows = open_rows(plan.guarding.harmless).rows
             chosen = [held_rows[i] for i in spread(len(held_rows), plan.guarding.harmless_rows)]
             harmless = tuple(prompts_of(chosen, opened.loaded.tokenizer))
-        return Side(subject, asked, dear, taught.rows, harmless)
+        before = judged(opened.loaded, harmless, options.response_tokens)
+        return Side(subject, asked, dear, taught.rows, harmless, before)
 
     def _assessment(self, cell: Cell, side: Side, report: Report) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """The assessment of a regime and set with its risks; read back where another seed made it."""
@@ -234,7 +242,8 @@ def _kept_trial(runs: Path, plan: Plan, cell: Cell, steps: Sequence[int]) -> Tri
         told = {key: held["refusal_rate"][key] for key in ("value", "low", "high", "n", "unscored", "unit")}
         reason = record["reasons"].get(f"measured.{name}.refusal_rate.value")
         margin, kl = (arrays[f"{name}.{key}"] for key in ("margin", "kl"))
-        seen[name] = Seen(tuple(held["steps"]), margin, kl, Measurement(**told, reason=reason))
+        refusals = Refusals(Measurement(**told, reason=reason), *refusal_change_of(record, f"measured.{name}"))
+        seen[name] = Seen(tuple(held["steps"]), margin, kl, refusals)
     measured, cost = record["measured"], record["cost"]
     return Trial(seen, measured["length"], cost["trial_seconds"], record["model"]["digest"])
 

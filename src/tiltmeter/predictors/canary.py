@@ -4,7 +4,8 @@ The canary's mean slope of the margin and the forecast's are two estimates of on
 that of the rows it was made from and the square of what half of its looks at the gradient change, less what noise of
 the rows has in that; the canary's is the luck of its few batches, carried to the end of the recipe. They are weighed by
 their inverse squares, and the change of slope is added to the forecast for the whole recipe. The KL is treated by its
-root, which grows like the path.
+root, which grows like the path; to first order about the forecast, so that the canary's luck, which leaves the mean of
+its KL where it is, leaves the mean of the correction at zero (the mean of a root is below the root of the mean).
 
 Source: this project; the conjugate normal update. The two are taken to be independent, which they are not quite: the
 canary's rows are some of those in the forecast's first look.
@@ -13,6 +14,7 @@ canary's rows are some of those in the forecast's first look.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -75,8 +77,12 @@ def canary_margin(case: Case) -> Risk:
     canary = run_canary(case)
     seen = float(anchor - canary.margin.mean())
     noise = float(case.measured.margin_noise[canary.steps])
+
+    def heard(told: float) -> tuple[float, float]:
+        return seen - told, noise
+
     doubt, apart = float(case.measured.margin_doubt[-1]), float(case.measured.margin_apart[-1])
-    return _blend(case, drops, seen, noise, doubt, apart, canary.steps, "nats", price, root=False)
+    return _blend(case, drops, heard, doubt, apart, canary.steps, "nats", price, root=False)
 
 
 def canary_kl(case: Case) -> Risk:
@@ -88,11 +94,15 @@ def canary_kl(case: Case) -> Risk:
         for name, v in case.measured.paths.items()
     }
     canary = run_canary(case)
-    seen = math.sqrt(max(0.0, float(canary.kl.mean())))
-    noise = float(case.measured.kl_noise[canary.steps]) * seen
+    seen, share = float(canary.kl.mean()), float(case.measured.kl_noise[canary.steps])
+
+    def heard(told: float) -> tuple[float, float]:
+        # the noise is a share of what was told: a canary that saw little would else pass for a sure one
+        return (seen - told**2) / (2 * told) if told > 0 else math.nan, share * told
+
     end = float(roots[REHEARSED][-1]) if REHEARSED in roots else math.nan
     doubt, apart = float(case.measured.kl_doubt[-1]) * end, float(case.measured.kl_apart[-1]) * end
-    return _blend(case, roots, seen, noise, doubt, apart, canary.steps, "nats per token", price, root=True)
+    return _blend(case, roots, heard, doubt, apart, canary.steps, "nats per token", price, root=True)
 
 
 def canary_length(case: Case) -> Risk:
@@ -104,8 +114,7 @@ def canary_length(case: Case) -> Risk:
 def _blend(
     case: Case,
     curves: dict[str, Tensor],
-    seen: float,
-    noise: float,
+    heard: Callable[[float], tuple[float, float]],
     doubt: float,
     apart: float,
     step: int,
@@ -114,7 +123,19 @@ def _blend(
     *,
     root: bool,
 ) -> Risk:
-    """The forecast with its slope moved towards the canary's."""
+    """The forecast with its slope moved towards the canary's.
+
+    Args:
+        case: what is forecast.
+        curves: path -> values at its steps.
+        heard: value told at the canary's step -> by how much the canary differs, and the noise of that.
+        doubt: standard deviation of the forecast at the end by the noise of its rows.
+        apart: standard deviation of what half of its looks change, by the noise of rows.
+        step: the canary's last.
+        unit: of the risk.
+        price: passes.
+        root: whether the curves are roots of the quantity.
+    """
     if REHEARSED not in curves:
         return Risk(None, unit, price, reason="there is no forecast to correct")
     steps = case.measured.paths[REHEARSED].steps
@@ -122,14 +143,17 @@ def _blend(
     reached = float(covered[step])
     if not reached > 0:
         return Risk(None, unit, price, reason="the canary's steps have a learning rate of zero")
+    told = _between(steps, main, covered, step)
+    difference, noise = heard(told)
+    if math.isnan(difference):
+        return Risk(None, unit, price, reason="the forecast sees no motion at the canary's step to correct")
     if math.isnan(noise) or math.isnan(doubt):
         return Risk(None, unit, price, reason="the noise of the canary's batches is not known")
-    told = _between(steps, main, covered, step)
     stretch = float(covered[steps[-1]]) / reached
     gap = float(curves[FEWER][-1] - main[-1]) if FEWER in curves else 0.0
-    prior, heard = doubt**2 + max(0.0, gap**2 - apart**2), (noise * stretch) ** 2
-    weight = prior / (prior + heard) if prior + heard > 0 else 0.0
-    change = weight * (seen - told) / reached
+    prior, luck = doubt**2 + max(0.0, gap**2 - apart**2), (noise * stretch) ** 2
+    weight = prior / (prior + luck) if prior + luck > 0 else 0.0
+    change = weight * difference / reached
     out = main + change * covered[list(steps)]
     if root:
         out = out.clamp_min(0).square()

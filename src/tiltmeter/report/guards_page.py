@@ -17,13 +17,15 @@ from tiltmeter.store import write_text
 
 Run = Mapping[str, Any]
 
-#: Key of a run, and heading of its column.
+#: Key of a run, and heading of its column; a change has its value inside, and no column where no run has one.
 _COLUMNS = (
     ("task_loss", "Task loss, nats per token"),
     ("heldout_kl", "Held-out safety KL, nats per token"),
     ("margin", "Margin, nats"),
     ("refusal_rate", "Refusal rate"),
+    ("refusal_change", "Refusals, change from the aligned model"),
     ("over_refusal_rate", "Over-refusal rate"),
+    ("over_refusal_change", "Over-refusals, change from the aligned model"),
     ("step_time_ratio", "Step time, times that without"),
     ("extra_memory_gb", "Extra memory, GB"),
 )
@@ -81,7 +83,7 @@ def groups_of(runs: Sequence[Run]) -> dict[tuple[str, float], list[Run]]:
 
 def mean_over_seeds(runs: Sequence[Run], key: str) -> tuple[float | None, float | None, float | None]:
     """Mean, smallest and largest value; no ends for a single seed, nothing where no run has it."""
-    values = [float(run[key]) for run in runs if run.get(key) is not None]
+    values = [float(value) for value in (_value(run, key) for run in runs) if value is not None]
     if not values:
         return None, None, None
     ends = (min(values), max(values)) if len(values) > 1 else (None, None)
@@ -121,16 +123,28 @@ def _cell(run: Run) -> tuple[str, str, str]:
     return str(run.get("plan", "")), str(run["set"]), str(run["regime"])
 
 
+def _value(run: Run, key: str) -> float | None:
+    held = run.get(key)
+    value = held.get("value") if isinstance(held, Mapping) else held
+    return None if value is None else float(value)
+
+
 def guard_table(name: str, groups: Mapping[tuple[str, float], Sequence[Run]]) -> dict[str, Any]:
     """Caption, header and rows: every guard and strength, mean and range over seeds."""
+    every = [run for runs in groups.values() for run in runs]
+    columns = [
+        (key, head)
+        for key, head in _COLUMNS
+        if not key.endswith("_change") or any(_value(run, key) is not None for run in every)
+    ]
     rows = []
     for (guard, strength), runs in groups.items():
         row = [f"{guard} {setting_text(strength)}", str(len(runs))]
-        for key, _ in _COLUMNS:
+        for key, _ in columns:
             value, low, high = mean_over_seeds(runs, key)
             if value is None:
                 row.append("not measured")
             else:
                 row.append(lone_text(value) if low is None else interval_text(value, low, high))
         rows.append(row)
-    return {"caption": name, "header": ["Guard and strength", "Seeds", *(head for _, head in _COLUMNS)], "rows": rows}
+    return {"caption": name, "header": ["Guard and strength", "Seeds", *(head for _, head in columns)], "rows": rows}
