@@ -91,7 +91,7 @@ def test_harms_of_rows_are_single_gradients_in_the_optimisers_metric(subject: Su
     tuning = prepare_tuning(subject, mixed(4, 8), recipe, OPTIONS)
     scores = score_rows(subject, tuning, recipe, explained=2)
     slope = measure_slope(tuning.objective, tuning.batches, groups=1)
-    spread = slope.spread * tuning.spread_factor
+    spread = slope.spread * tuning.spread_factor(len(tuning.batches))
     pull = subject.margin_gradient
     metric = recipe.metric
     if isinstance(metric, Adam):
@@ -166,7 +166,7 @@ def test_the_worst_tenth_harms_more_than_a_random_one_and_the_best_less(subject:
     tuning = prepare_tuning(subject, rows, recipe, replace(OPTIONS, max_tuning=160))
     order = score_rows(subject, tuning, recipe, explained=0).harm.argsort(descending=True).tolist()
     by_chance = torch.randperm(160, generator=torch.Generator().manual_seed(1)).tolist()
-    asked = {"assessed": Asked(subject.safety, ())}
+    asked = {"assessed": Asked(subject.safety, (), ())}
     drops = {}
     for name, chosen in (("worst", order[:16]), ("random", by_chance[:16]), ("best", order[-16:])):
         part = RowSet(name, tuple(rows.rows[i] for i in chosen), "0" * 16)

@@ -36,7 +36,6 @@ def test_batch_losses_are_the_trainers(subject: Subject, batch: int, expected: i
     """Transformers' loss of a batch is the mean over all its supervised tokens, whoever they belong to."""
     tuning = prepare_tuning(subject, RowSet("rows", ROWS, "d"), Recipe(steps=3, batch_size=batch), OPTIONS)
     assert tuning.batch_size == expected
-    assert_close(tuning.spread_factor, (expected / batch) ** 0.5)
     losses = tuning.batches @ tuning.objective.losses()
     members = [row.nonzero()[:, 0].tolist() for row in tuning.batches]
     assert sorted(i for group in members for i in group) == list(range(11))
@@ -50,6 +49,29 @@ def test_batch_losses_are_the_trainers(subject: Subject, batch: int, expected: i
     with torch.no_grad():
         whole = subject.loaded.model(input_ids=everything.tokens, labels=everything.labels).loss
     assert_close(tuning.objective.losses().mean(), whole.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("size", "count", "batch"), [(4, 1, 4), (4, 6, 4), (2, 2, 4), (2, 4, 4), (1, 6, 4), (3, 7, 16)])
+def test_mean_and_spread_have_the_mean_square_of_the_recipes_batches(
+    subject: Subject, size: int, count: int, batch: int
+) -> None:
+    """What Adam's second moment meets, on average over samples, whatever the batches that were measured."""
+    tuning = prepare_tuning(subject, RowSet("rows", ROWS, "d"), Recipe(steps=3, batch_size=2), OPTIONS)
+    tuning = replace(tuning, batch_size=size, recipe_batch=batch)
+    mu, sigma, draws = 0.7, 2.0, 200_000
+    generator = torch.Generator().manual_seed(0)
+    rows = mu + sigma * torch.randn(draws, count, size, generator=generator, dtype=torch.float64)
+    means = rows.mean(-1)
+    spread = means.std(-1, correction=0) * tuning.spread_factor(count)  # as `measure_slope` has it
+    squares = means.mean(-1).square() + spread.square()
+    error = float(squares.std()) / draws**0.5
+    assert abs(float(squares.mean()) - (mu**2 + sigma**2 / batch)) < 4 * error
+
+
+def test_fewer_rows_than_a_batch_have_no_spread_left(subject: Subject) -> None:
+    tuning = prepare_tuning(subject, RowSet("rows", ROWS, "d"), Recipe(steps=3, batch_size=64), OPTIONS)
+    assert tuning.spread_factor(len(tuning.batches)) == 0.0
+    assert float(tuning.slope(None, None, 1).spread.abs().max()) == 0.0
 
 
 @pytest.mark.parametrize(("batch", "per_look"), [(2, 2), (3, 2), (64, 3)])

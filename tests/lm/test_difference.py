@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tiltmeter.lm.difference import ATTEMPTS, FIRST, LONGEST, SHORTEST, WINDOWS, next_length
+from tiltmeter.lm.difference import ATTEMPTS, FIRST, LONGEST, SHORTEST, WINDOWS, next_length, tells
 
 ANCHOR = 10.0
 
@@ -64,3 +64,27 @@ def test_a_step_inside_the_window_is_kept(dtype: torch.dtype) -> None:
         assert next_length(1e-5, change, ANCHOR, dtype) == 1e-5
     assert next_length(1e-5, 4 * window.high, ANCHOR, dtype) < 1e-5
     assert next_length(1e-5, window.low / 10, ANCHOR, dtype) > 1e-5
+
+
+@pytest.mark.parametrize("dtype", WINDOWS)
+@pytest.mark.parametrize("sharpness", [0.3, 1.0, 30.0, 1e3])
+def test_a_length_that_is_told_lands_in_the_window(dtype: torch.dtype, sharpness: float) -> None:
+    """From every length whose change tells, the next one is good at once; and there are such lengths on both sides."""
+    window = WINDOWS[dtype]
+
+    def change(length: float) -> float:
+        ahead, behind = (1 + torch.sin(torch.tensor(sharpness * x, dtype=dtype)) for x in (length, -length))
+        return float((ahead - behind).abs() / (ahead.abs() + behind.abs()))
+
+    told = []
+    for power in range(-90, 10):
+        length = 10 ** (power / 10) / sharpness
+        seen = change(length)
+        if tells(seen, dtype) and length <= LONGEST * ANCHOR and window.target / sharpness < LONGEST * ANCHOR:
+            told.append(seen)
+            assert window.low <= change(next_length(length, seen, ANCHOR, dtype)) <= window.high
+    if window.target / sharpness < LONGEST * ANCHOR:
+        assert min(told) < window.low
+        assert max(told) > window.high
+    assert not tells(0.0, dtype)
+    assert not tells(1.0, dtype)

@@ -213,6 +213,24 @@ def test_the_first_step_is_sought_on_few_examples(make_llama: Any, length: float
         assert float((one - want).norm() / want.norm()) < 0.04
 
 
+@pytest.mark.parametrize("away", [0.2, 5.0])
+def test_a_pilot_that_tells_the_step_is_made_once(make_llama: Any, away: float) -> None:
+    """Near the window one pair of gradients of two examples tells the step, and all examples find it good."""
+    forward = forward_of(make_llama, "untied", torch.float32)
+    difference = likelihood_objective(forward, many(32), PAD, 40, per="token", hessian="difference")
+    v = vector(forward, 4, 1.0, torch.float32)
+    difference.hvp(v)
+    good = difference.learned.pop("gradient")
+    patched = good * away / difference.anchor_norm()
+    forward.passes.tokens.clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tiltmeter.lm.objective.FIRST", patched)
+        difference.hvp(v)
+    spent = forward.passes.tokens["forward_backward"] - 2 * difference.work
+    assert 0 < spent <= 2 * 2 * max(len(example.tokens) for example in many(32))
+    assert 0.1 < difference.learned["gradient"] / good < 10
+
+
 def test_a_process_without_examples_learns_no_step(make_llama: Any) -> None:
     forward = forward_of(make_llama, "untied", torch.float32)
     difference = likelihood_objective(forward, many(32), PAD, 40, per="token", hessian="difference")

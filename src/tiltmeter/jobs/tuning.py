@@ -36,7 +36,7 @@ class Tuning:
         objective: loss of every example, so scaled that their mean is the mean per supervised token.
         batches: [B, m] weights that make a trainer's batch loss (mean over its supervised tokens).
         batch_size: rows in each of these batches.
-        spread_factor: turns the scatter of these batches into that of batches of the recipe's size.
+        recipe_batch: rows in a batch of the recipe.
         further: loss of further rows, for gradients on the way: what was fitted there should not be rows seen before.
         further_batches: their batches, likewise.
         further_members: the number of each further row: that of the example of the sample that it is, or a new one; the
@@ -52,14 +52,14 @@ class Tuning:
     objective: LanguageObjective | Sharded
     batches: Tensor
     batch_size: int
-    spread_factor: float
+    recipe_batch: int
     further: LanguageObjective | Sharded
     further_batches: Tensor
     further_members: tuple[int, ...]
     per_look: int
 
     def slope(self, clip: float | None, displacement: Tensor | None, groups: int) -> Slope:
-        """Mini-batch gradients of the sample, their scatter that of batches of the recipe's size.
+        """Mini-batch gradients of the sample; with the mean, the spread gives the mean square of the recipe's batches.
 
         Args:
             clip: largest norm of a batch's gradient; None for no clipping.
@@ -74,6 +74,19 @@ class Tuning:
         """The same from the further rows of one look. Cost: one forward+backward over `rows_in_look` rows."""
         part = slice(number * self.per_look, (number + 1) * self.per_look)
         return self._slope(self.further, self.further_batches[part], clip, displacement, 1)
+
+    def spread_factor(self, batches: int) -> float:
+        """Turns the spread of so many of these batches into that which belongs to the recipe's.
+
+        A batch of the recipe, of b rows, has a mean square of mu^2 + sigma^2 / b where rows scatter by sigma. The mean
+        of B batches of s rows has mu^2 + sigma^2 / (B s), and their spread (divided by B) squared is
+        sigma^2 (B - 1) / (B s) on average. With this factor the squares of mean and spread add up to the former; where
+        B s < b the mean's own square is more than that already.
+        """
+        if batches < 2:
+            return 1.0  # there is no spread
+        kept = (batches * self.batch_size - self.recipe_batch) / (self.recipe_batch * (batches - 1))
+        return max(0.0, kept) ** 0.5
 
     @property
     def rows_in_look(self) -> int:
@@ -106,7 +119,7 @@ class Tuning:
         groups: int,
     ) -> Slope:
         found = measure_slope(objective, batches, clip=clip, displacement=displacement, groups=groups)
-        return replace(found, spread=found.spread.mul_(self.spread_factor))
+        return replace(found, spread=found.spread.mul_(self.spread_factor(len(batches))))
 
 
 def sample_tuning(loaded: Loaded, rows: RowSet, recipe: Recipe, options: Options) -> Encoded:
@@ -147,7 +160,7 @@ def prepare_tuning(subject: Subject, rows: RowSet, recipe: Recipe, options: Opti
     """Tokenise a sample of the tuning set and put it into batches.
 
     Batches have the recipe's size unless that leaves fewer than `options.groups` of them; then they are smaller and
-    their scatter is rescaled, since the variance of a mean falls with the number of rows.
+    their scatter is rescaled (`Tuning.spread_factor`), since the variance of a mean falls with the number of rows.
 
     Raises:
         DataError: fewer than two rows can be used.
@@ -175,7 +188,7 @@ def prepare_tuning(subject: Subject, rows: RowSet, recipe: Recipe, options: Opti
         shared_objective(objective),
         batches,
         size,
-        (size / recipe.batch_size) ** 0.5,
+        recipe.batch_size,
         shared_objective(further),
         further_batches,
         tuple(_numbers(encoded.examples, others)),

@@ -23,6 +23,9 @@ SHORTEST, LONGEST = 1e-10, 3e-4
 #: A first step length is sought on one example in so many, where their change is about that of all.
 PILOT = 16
 
+#: A length is well told by a change so many times below the window, or the root of it above.
+NEAR = 10.0
+
 #: Differences that are made at most before the last is taken as it is.
 ATTEMPTS = 3
 
@@ -44,6 +47,15 @@ class Window:
 
 #: Chosen on a 135 M model in float32, where rounding shows below the window and the next order above it.
 WINDOWS = {torch.float32: Window(2e-3, 2e-2, 8e-3), torch.float64: Window(1e-7, 1e-4, 3e-6)}
+
+
+def tells(change: float, dtype: torch.dtype) -> bool:
+    """Whether `next_length` may be relied on without another try: the change is near enough to the window.
+
+    A change goes with the length where neither rounding nor the next order shows much.
+    """
+    window = WINDOWS[dtype]
+    return window.low / NEAR <= change <= window.high * NEAR**0.5
 
 
 def next_length(length: float, change: float, anchor: float, dtype: torch.dtype) -> float:

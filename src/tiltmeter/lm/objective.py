@@ -15,7 +15,7 @@ from torch.func import jvp
 from tiltmeter.errors import NumericalError, OutOfMemory, PartLost, SpaceMismatch
 from tiltmeter.geometry.space import ParameterSpace, dot, norm
 from tiltmeter.lm.conversation import Batch, Example, batches
-from tiltmeter.lm.difference import ATTEMPTS, FIRST, PILOT, next_length
+from tiltmeter.lm.difference import ATTEMPTS, FIRST, PILOT, next_length, tells
 from tiltmeter.lm.forward import Forward, Reading, negative_log_likelihood
 from tiltmeter.lm.gathered import own_part
 from tiltmeter.lm.memory import logger, release, shrinking
@@ -231,16 +231,25 @@ class LanguageObjective:
         step = self.learned.get("gradient", FIRST * anchor) / size
         few = None if "gradient" in self.learned else self._pilot(weights)
         if few is not None:
-            step = self._differ(v, few, displacement, step, anchor)[2] or step
+            step = self._differ(v, few, displacement, step, anchor, pilot=True)[2] or step
         out, step, better = self._differ(v, weights, displacement, step, anchor)
         if better is not None:
             self.learned["gradient"] = step * size
         return out.div_(-2 * step)
 
     def _differ(
-        self, v: Tensor, weights: Tensor | None, displacement: Tensor | None, step: float, anchor: float
+        self,
+        v: Tensor,
+        weights: Tensor | None,
+        displacement: Tensor | None,
+        step: float,
+        anchor: float,
+        *,
+        pilot: bool = False,
     ) -> tuple[Tensor, float, float | None]:
         """Gradient behind minus gradient ahead at a good step, or the last one tried.
+
+        A pilot ends as soon as it tells the step: all examples are differentiated there, and tell whether it is good.
 
         Returns: the difference; its step; the step to go on with, None where there was no gradient to tell by.
         """
@@ -255,8 +264,9 @@ class LanguageObjective:
             self._gradient(self.forward.at(displacement, v, -step), weights, out)
             if ahead == 0:
                 break
-            better = next_length(step * size, norm(out) / (2 * ahead), anchor, widest(self.forward)) / size
-            if math.isclose(better, step) or attempt == ATTEMPTS:
+            change, dtype = norm(out) / (2 * ahead), widest(self.forward)
+            better = next_length(step * size, change, anchor, dtype) / size
+            if math.isclose(better, step) or attempt == ATTEMPTS or (pilot and tells(change, dtype)):
                 break
             step = better
             del out
