@@ -51,7 +51,9 @@ def test_batch_losses_are_the_trainers(subject: Subject, batch: int, expected: i
     assert_close(tuning.objective.losses().mean(), whole.double(), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("size", "count", "batch"), [(4, 1, 4), (4, 6, 4), (2, 2, 4), (2, 4, 4), (1, 6, 4), (3, 7, 16)])
+@pytest.mark.parametrize(
+    ("size", "count", "batch"), [(4, 1, 4), (4, 6, 4), (2, 2, 4), (2, 4, 4), (1, 6, 4), (3, 7, 16)]
+)
 def test_mean_and_spread_have_the_mean_square_of_the_recipes_batches(
     subject: Subject, size: int, count: int, batch: int
 ) -> None:

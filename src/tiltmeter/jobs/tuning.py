@@ -86,7 +86,7 @@ class Tuning:
         if batches < 2:
             return 1.0  # there is no spread
         kept = (batches * self.batch_size - self.recipe_batch) / (self.recipe_batch * (batches - 1))
-        return max(0.0, kept) ** 0.5
+        return math.sqrt(max(0.0, kept))
 
     @property
     def rows_in_look(self) -> int:

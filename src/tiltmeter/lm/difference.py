@@ -9,6 +9,7 @@ model.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -55,7 +56,7 @@ def tells(change: float, dtype: torch.dtype) -> bool:
     A change goes with the length where neither rounding nor the next order shows much.
     """
     window = WINDOWS[dtype]
-    return window.low / NEAR <= change <= window.high * NEAR**0.5
+    return window.low / NEAR <= change <= window.high * math.sqrt(NEAR)
 
 
 def next_length(length: float, change: float, anchor: float, dtype: torch.dtype) -> float:
