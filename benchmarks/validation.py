@@ -1,8 +1,9 @@
 """Take a validation's summary into the committed results, and write the documents' tables from it.
 
 Run: python benchmarks/validation.py OUT [NAME], after tiltmeter validate PLAN -o OUT; `make validate` does both.
-NAME is that of the committed record, "validation" by default; only that one has its table in the README. A plan with
-guards has its table in docs/guards.md. Forecasts beside runs, set by set, go into docs/findings.md where it asks for
+NAME is that of the committed record, "validation" by default; only that one has its table in the README. The record
+"validation-guards" has its tables in docs/guards.md and docs/how-to/which-guard.md, "validation-refusals" one of its own
+in the former. Forecasts beside runs, set by set, go into docs/findings.md where it asks for
 them (`<!-- sets NAME REGIME -->`).
 """
 
@@ -27,6 +28,7 @@ FINDINGS = ROOT / "docs" / "findings.md"
 NAME = "validation"
 BLOCK = re.compile(r"<!-- validation table -->.*?<!-- end of validation table -->", re.S)
 GUARD_BLOCK = re.compile(r"<!-- aligned table -->.*?<!-- end of aligned table -->", re.S)
+REFUSAL_BLOCK = re.compile(r"<!-- refusals table -->.*?<!-- end of refusals table -->", re.S)
 SUMMARY_BLOCK = re.compile(r"<!-- summary table -->.*?<!-- end of summary table -->", re.S)
 
 #: Predictors in the README's table besides ours: the rest are in the record and on the page.
@@ -200,6 +202,35 @@ def guard_summary(record: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def refusal_table(record: dict[str, Any]) -> str:
+    """Refusals of the runs against the aligned model's on the same prompts, as Markdown; one row a run."""
+    rows = [
+        "| set | guard | learned | KL on unseen prompts, nats | refused of these (aligned) | change, points (90 %) "
+        "| harmless refused (aligned) | change, points (90 %) |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for run in record["guard_runs"]:
+        row = [run["set"], _guard(run), _percent(_learned(run, record["guard_runs"])), f"{run['heldout_kl']:.3f}"]
+        for name in ("refusal", "over_refusal"):
+            change = run[f"{name}_change"]
+            row.append(f"{_percent(run[f'{name}_rate'])} ({_percent(change['before'])})")
+            row.append(_points(change))
+        rows.append(f"| {' | '.join(row)} |")
+    return "\n".join(rows)
+
+
+def _guard(run: dict[str, Any]) -> str:
+    return "none" if run["guard"] == "none" else f"{run['guard']} {run['strength']:g}"
+
+
+def _points(change: dict[str, Any]) -> str:
+    """A change of a share in points, with its interval."""
+    if change["value"] is None:
+        return "?"
+    ends = "" if change["low"] is None else f" ({100 * change['low']:+.0f} to {100 * change['high']:+.0f})"
+    return f"{100 * change['value']:+.0f}{ends}"
+
+
 def _learned(run: dict[str, Any], runs: Sequence[dict[str, Any]]) -> float:
     """Fall of a run's task loss over that of the unguarded run of its set, regime and seed."""
     same = ("set", "regime", "seed")
@@ -282,7 +313,12 @@ def main() -> None:
     text = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
     (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
     print(table(record))
-    if record["guard_runs"]:
+    if name == "validation-refusals":
+        made = refusal_table(record)
+        print(made)
+        block = f"<!-- refusals table -->\n{made}\n<!-- end of refusals table -->"
+        GUARDS.write_text(REFUSAL_BLOCK.sub(lambda _: block, GUARDS.read_text(encoding="utf-8")), encoding="utf-8")
+    if name == "validation-guards":
         made = guard_table(record)
         print(made)
         block = f"<!-- aligned table -->\n{made}\n<!-- end of aligned table -->"
