@@ -60,6 +60,8 @@ ROWS: dict[str, tuple[str, str, str]] = {
         "<= 1",
         ".2f",
     ),
+    "gram_whole_fb_ratio": ("the Gram matrix with all 64 examples in one batch, fb of that batch", "<= 2", ".2f"),
+    "gram_whole_memory_beyond_fb_gb": ("its memory beyond that of one fb of that batch, GB", "<= 1", ".2f"),
     "hvp_fb_ratio": ("exact Hessian product, 135 M parameters, fb", "<= 3.5", ".2f"),
     "hvp_difference_fb_ratio": (
         "first Hessian product by differences, the search for the step included, fb",

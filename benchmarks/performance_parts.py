@@ -167,11 +167,11 @@ def peers_ours(folder: str) -> Figures:
     return out
 
 
-def gram() -> Figures:
+def gram(micro_batch: str) -> Figures:
     """Gram matrix of the 135 M-parameter model, then 4 vectors lifted, against plain passes over the same data."""
     model = smollm()
     parameters = trainable(model)
-    parts = split(random_batch(EXAMPLES, 32, model.config.vocab_size, 1.0), 16)
+    parts = split(random_batch(EXAMPLES, 32, model.config.vocab_size, 1.0), int(micro_batch))
 
     def passes() -> None:
         for part in parts:
@@ -207,10 +207,10 @@ def gram() -> Figures:
     }
 
 
-def gram_passes() -> Figures:
+def gram_passes(micro_batch: str) -> Figures:
     """Memory of a plain forward and backward pass over one of the same micro-batches."""
     model = smollm()
-    part = split(random_batch(EXAMPLES, 32, model.config.vocab_size, 1.0), 16)[0]
+    part = split(random_batch(EXAMPLES, 32, model.config.vocab_size, 1.0), int(micro_batch))[0]
     score_loss(model(input_ids=part.tokens[:1], use_cache=False).logits, part.labels[:1]).sum().backward()
     model.zero_grad()
     before = peak_gb()

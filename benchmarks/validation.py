@@ -2,9 +2,9 @@
 
 Run: python benchmarks/validation.py OUT [NAME], after tiltmeter validate PLAN -o OUT; `make validate` does both.
 NAME is that of the committed record, "validation" by default; only that one has its table in the README. The record
-"validation-guards" has its tables in docs/guards.md and docs/how-to/which-guard.md, "validation-refusals" one of its own
-in the former. Forecasts beside runs, set by set, go into docs/findings.md where it asks for
-them (`<!-- sets NAME REGIME -->`).
+"validation-guards" has its tables in docs/guards.md and docs/how-to/which-guard.md, "validation-refusals" one of its
+own in the former. Forecasts beside runs, set by set, go into docs/findings.md where it asks for them
+(`<!-- sets NAME REGIME -->`).
 """
 
 from __future__ import annotations

@@ -1,0 +1,130 @@
+"""How well do intervals hold on prompts that a forecast has not seen? Forecasts again, from other draws of the prompts.
+
+A validation measures every run on the same assessed and the same held-out prompts, so that whether the two are alike is
+one draw and not one a cell. Here the same prompts are dealt again into as many assessed and held-out ones, the
+forecasts are made from those, and the runs, measured prompt by prompt, are read in the new order: no run is made again.
+
+Run: python benchmarks/draws.py PLAN OUT DRAW... [--regime NAME], after tiltmeter validate PLAN -o OUT; draws are
+numbers from 1. Draws and sets that are done are kept in OUT/draws, and benchmarks/results/validation-draws.json is
+written from all of them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tiltmeter import store
+from tiltmeter.jobs.assess import examine_subject
+from tiltmeter.jobs.inputs import open_model
+from tiltmeter.jobs.provenance import provenance
+from tiltmeter.jobs.subject import Subject, measure_subject, with_lora
+from tiltmeter.jobs.trial import Refusals, Seen, Trial
+from tiltmeter.jobs.validation_cell import foretold_cell
+from tiltmeter.jobs.validation_plan import Cell, Plan, read_plan
+from tiltmeter.jobs.validation_record import summary_of
+from tiltmeter.jobs.validation_runner import CELLS
+from tiltmeter.lm.measurement import Measurement
+from tiltmeter.lm.model import undisturbed
+from tiltmeter.lm.rows import RowSet
+
+RESULT = Path(__file__).parent / "results" / "validation-draws.json"
+NAMES = "assessed", "held_out"
+
+#: What a validation judges the whole of, and a draw does not.
+KEPT = "schema", "level", "model", "safety", "planned", "finished", "size_error", "coverage"
+
+
+def deal(plan: Plan, draw: int) -> list[int]:
+    """The plan's prompts, assessed before held out, in another order; 0 is the plan's own."""
+    order = list(range(plan.assessed + plan.held_out))
+    if draw:
+        random.Random(draw).shuffle(order)
+    return [*sorted(order[: plan.assessed]), *sorted(order[plan.assessed :])]
+
+
+def dealt_trial(plan: Plan, out: Path, cell: Cell, order: list[int]) -> Trial:
+    """A finished run with its prompts in another order; refusals, which are stored as shares, are left out."""
+    record, arrays = store.read_record(out / CELLS / cell.name)
+    halves = {}
+    for key in ("margin", "kl"):
+        every = torch.cat([arrays[f"{name}.{key}"] for name in NAMES], 1)
+        if every.shape[1] != len(order):
+            sys.exit(
+                f"{cell.name}: {every.shape[1]} prompts were measured, {len(order)} are in the plan; some are too long"
+            )
+        halves[key] = every[:, order].split([plan.assessed, plan.held_out], 1)
+    steps = tuple(record["measured"]["assessed"]["steps"])
+    unknown = Refusals(Measurement(None, None, None, 0, 0, "share", "answers are not kept prompt by prompt"))
+    seen = {name: Seen(steps, halves["margin"][i], halves["kl"][i], unknown) for i, name in enumerate(NAMES)}
+    return Trial(seen, record["measured"]["length"], record["cost"]["trial_seconds"], record["model"]["digest"])
+
+
+def forecast(plan: Plan, subject: Subject, cell: Cell, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The forecast of a regime and set, made or read back."""
+    if (folder / store.RECORD).is_file():
+        return store.read_record(folder)
+    with undisturbed(subject.loaded.model), store.new_folder(folder) as part:
+        result, _, _ = examine_subject(subject, cell.set.open(), cell.recipe, plan.options)
+        record = {**result.record, "predictors": {}}
+        store.write_record(part, record, result.arrays)
+    return record, result.arrays
+
+
+def judge(plan: Plan, out: Path, draw: int) -> dict[str, Any]:
+    """All forecasts of one draw against the runs."""
+    halves = plan.split()
+    rows = [row for half in halves[:2] for row in half.rows]
+    order = deal(plan, draw)
+    chosen = tuple(rows[i] for i in order[: plan.assessed])
+    assessed = RowSet(f"{plan.safety} (draw {draw})", chosen, store.digest_json(list(chosen)))
+    cells, subject, regime = [], None, None
+    for cell in sorted(plan.cells(), key=lambda cell: cell.regime.name):
+        if not (out / CELLS / cell.name / store.RECORD).is_file():
+            continue
+        folder = out / "draws" / f"{draw}-{cell.assessment}"
+        if not (folder / store.RECORD).is_file() and (subject is None or regime != cell.regime.name):
+            subject, regime = None, cell.regime.name
+            opened = with_lora(open_model(plan.model), cell.recipe.lora, plan.options.seed)
+            with undisturbed(opened.loaded.model):
+                subject = measure_subject(opened, assessed, cell.recipe.lora, plan.options)
+        assessment, arrays = forecast(plan, subject, cell, folder)
+        print(f"draw {draw}: {cell.name}", flush=True)
+        cells.append(foretold_cell(plan, cell, assessment, arrays, dealt_trial(plan, out, cell, order)))
+    told = summary_of(plan, cells)
+    return {"draw": draw, "assessed": order[: plan.assessed], **{key: told[key] for key in KEPT}}
+
+
+def main() -> None:
+    """Judge the draws that are named, and write all that are finished."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("plan", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("draws", type=int, nargs="+")
+    parser.add_argument("--regime", help="of the plan, by default all")
+    asked = parser.parse_args()
+    plan, out = read_plan(asked.plan), asked.out
+    if asked.regime:
+        plan = replace(plan, regimes=tuple(regime for regime in plan.regimes if regime.name == asked.regime))
+    (out / "draws").mkdir(exist_ok=True)
+    for draw in asked.draws:
+        store.write_text(out / "draws" / f"{draw}.json", json.dumps(judge(plan, out, draw)) + "\n")
+    held = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "draws").glob("*.json"))]
+    text = json.dumps({**provenance("cpu"), "draws": held}, indent=1, allow_nan=False) + "\n"
+    store.write_text(RESULT, text)
+    for each in held:
+        for name in NAMES:
+            told = {key: value["cells"] for key, value in each["coverage"][name].items()}
+            print(each["draw"], name, {key: f"{value['hits']} of {value['n']}" for key, value in told.items()})
+
+
+if __name__ == "__main__":
+    main()
