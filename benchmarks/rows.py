@@ -41,7 +41,7 @@ def foretold(subject: Subject, cell: Cell, options: Options, steps: list[int]) -
 
     def slope(displacement: Tensor | None = None) -> Any:
         found = measure_slope(tuning.objective, tuning.batches, clip=clip, displacement=displacement, groups=1)
-        return replace(found, spread=found.spread.mul_(tuning.spread_factor(len(tuning.batches))), groups=())
+        return replace(found, spread=found.spread.mul_(tuning.spread_factor(tuning.batches)), groups=())
 
     linear = LinearPath(metric, clock, slope())
     probe = max(1, clock.steps // 2)

@@ -19,6 +19,8 @@ from typing import Any
 
 from scipy import stats
 
+from tiltmeter.report.guards_page import guard_name
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 README = ROOT / "README.md"
@@ -161,7 +163,7 @@ def guard_table(record: dict[str, Any]) -> str:
     ]
     grouped: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for run in record["guard_runs"]:
-        grouped.setdefault(tuple(run[key] for key in ("regime", "set", "guard", "strength")), []).append(run)
+        grouped.setdefault((run["regime"], run["set"], guard_name(run), run["strength"]), []).append(run)
     for (regime, name, guard, strength), runs in grouped.items():
         learned = [_learned(run, record["guard_runs"]) for run in runs]
         front = sum(not any(_beats(other, run) for other in record["guard_runs"]) for run in runs)
@@ -188,7 +190,7 @@ def guard_summary(record: dict[str, Any]) -> str:
     runs = record["guard_runs"]
     grouped: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for run in runs:
-        grouped.setdefault(tuple(run[key] for key in ("regime", "guard", "strength")), []).append(run)
+        grouped.setdefault((run["regime"], guard_name(run), run["strength"]), []).append(run)
     for (regime, guard, strength), own in grouped.items():
         spread = [_spread([_learned(run, runs) for run in own], _percent)]
         for key, form in (
@@ -220,7 +222,7 @@ def refusal_table(record: dict[str, Any]) -> str:
 
 
 def _guard(run: dict[str, Any]) -> str:
-    return "none" if run["guard"] == "none" else f"{run['guard']} {run['strength']:g}"
+    return "none" if run["guard"] == "none" else f"{guard_name(run)} {run['strength']:g}"
 
 
 def _points(change: dict[str, Any]) -> str:

@@ -91,7 +91,7 @@ def test_harms_of_rows_are_single_gradients_in_the_optimisers_metric(subject: Su
     tuning = prepare_tuning(subject, mixed(4, 8), recipe, OPTIONS)
     scores = score_rows(subject, tuning, recipe, explained=2)
     slope = measure_slope(tuning.objective, tuning.batches, groups=1)
-    spread = slope.spread * tuning.spread_factor(len(tuning.batches))
+    spread = slope.spread * tuning.spread_factor(tuning.batches)
     pull = subject.margin_gradient
     metric = recipe.metric
     if isinstance(metric, Adam):

@@ -52,19 +52,20 @@ def test_batch_losses_are_the_trainers(subject: Subject, batch: int, expected: i
 
 
 @pytest.mark.parametrize(
-    ("size", "count", "batch"), [(4, 1, 4), (4, 6, 4), (2, 2, 4), (2, 4, 4), (1, 6, 4), (3, 7, 16)]
+    ("sizes", "batch"),
+    [([4], 4), ([4] * 6, 4), ([2] * 2, 4), ([2] * 4, 4), ([1] * 6, 4), ([3] * 7, 16), ([9, 5, 5], 5), ([2, 1, 1], 3)],
 )
 def test_mean_and_spread_have_the_mean_square_of_the_recipes_batches(
-    subject: Subject, size: int, count: int, batch: int
+    subject: Subject, sizes: list[int], batch: int
 ) -> None:
     """What Adam's second moment meets, on average over samples, whatever the batches that were measured."""
     tuning = prepare_tuning(subject, RowSet("rows", ROWS, "d"), Recipe(steps=3, batch_size=2), OPTIONS)
-    tuning = replace(tuning, batch_size=size, recipe_batch=batch)
+    tuning = replace(tuning, recipe_batch=batch)
+    batches = torch.block_diag(*(torch.ones(1, size) / size for size in sizes)).double()
     mu, sigma, draws = 0.7, 2.0, 200_000
     generator = torch.Generator().manual_seed(0)
-    rows = mu + sigma * torch.randn(draws, count, size, generator=generator, dtype=torch.float64)
-    means = rows.mean(-1)
-    spread = means.std(-1, correction=0) * tuning.spread_factor(count)  # as `measure_slope` has it
+    means = (mu + sigma * torch.randn(draws, sum(sizes), generator=generator, dtype=torch.float64)) @ batches.T
+    spread = means.std(-1, correction=0) * tuning.spread_factor(batches)  # as `measure_slope` has it
     squares = means.mean(-1).square() + spread.square()
     error = float(squares.std()) / draws**0.5
     assert abs(float(squares.mean()) - (mu**2 + sigma**2 / batch)) < 4 * error
@@ -72,7 +73,7 @@ def test_mean_and_spread_have_the_mean_square_of_the_recipes_batches(
 
 def test_fewer_rows_than_a_batch_have_no_spread_left(subject: Subject) -> None:
     tuning = prepare_tuning(subject, RowSet("rows", ROWS, "d"), Recipe(steps=3, batch_size=64), OPTIONS)
-    assert tuning.spread_factor(len(tuning.batches)) == 0.0
+    assert tuning.spread_factor(tuning.batches) == 0.0
     assert float(tuning.slope(None, None, 1).spread.abs().max()) == 0.0
 
 

@@ -197,16 +197,15 @@ def test_a_canary_is_weighed_by_inverse_squares(apart: float) -> None:
     assert_close(value("canary_margin", case), last + weight * (0.5 - first) * 20)
 
 
-@pytest.mark.parametrize("times", [0.0, 0.25, 1.75, 4.0])
-def test_a_canary_of_the_kl_corrects_its_root_to_first_order(times: float) -> None:
+@pytest.mark.parametrize("times", [0.0, 0.25, 1.75, 4.0, 1e4])
+def test_a_canary_of_the_kl_without_noise_overrules_its_root(times: float) -> None:
     w = world()
     exact = PREDICTORS["rehearsal_kl"](w.case)
     assert exact.curve is not None
     canary = replace(run_canary(w.case), kl=torch.full((3,), times * exact.curve.value[0], dtype=DOUBLE))
     told = canary_kl(replace(w.case, canary=canary)).value
     first, last = math.sqrt(exact.curve.value[0]), math.sqrt(exact.curve.value[-1])
-    # (times first^2 - first^2) / (2 first); luck that leaves the mean of the KL alone leaves that of the root alone too
-    assert_close(told, max(0.0, last + 20 * first * (times - 1) / 2) ** 2)
+    assert_close(told, max(0.0, last + 20 * first * (math.sqrt(times) - 1)) ** 2)
 
 
 @pytest.mark.parametrize("times", [0.01, 1.5])
@@ -220,7 +219,34 @@ def test_a_canary_that_sees_little_kl_is_no_surer_than_one_that_sees_much(times:
     told = canary_kl(replace(w.case, canary=canary)).value
     weight = (doubt * last) ** 2 / ((doubt * last) ** 2 + (share * first * 20) ** 2)
     assert 1e-4 < weight < 0.9
-    assert_close(told, (last + weight * 20 * first * (times - 1) / 2) ** 2)
+    difference = first * (math.sqrt(times) - math.sqrt(1 - share**2))
+    assert_close(told, (last + weight * 20 * difference) ** 2)
+
+
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.7])
+def test_luck_alone_does_not_correct_a_kl_on_average(share: float) -> None:
+    """Roots with a scatter of their own about a mean, whose squares are what was told on average."""
+    w = world(noise=share, doubt=0.3, apart=10.0)
+    exact = PREDICTORS["rehearsal_kl"](w.case)
+    assert exact.curve is not None
+    told, last = exact.curve.value[0], math.sqrt(exact.curve.value[-1])
+    middle, away = math.sqrt(told * (1 - share**2)), share * math.sqrt(told)
+    roots = []
+    for root in (middle - away, middle + away):
+        assert root > 0
+        kl = torch.full((3,), root**2, dtype=DOUBLE)
+        roots.append(math.sqrt(canary_kl(replace(w.case, canary=replace(run_canary(w.case), kl=kl))).value or 0.0))
+    assert abs(roots[1] - roots[0]) > 1e-3 * last
+    assert_close(sum(roots) / 2, last)
+
+
+def test_a_canary_that_left_the_range_of_numbers_is_told_as_such() -> None:
+    w = world()
+    lost = replace(run_canary(w.case), kl=torch.full((3,), math.nan, dtype=DOUBLE), margin=torch.full((3,), math.inf))
+    for predictor in (canary_kl, canary_margin):
+        risk = predictor(replace(w.case, canary=lost))
+        assert risk.value is None
+        assert "left the range of numbers" in str(risk.reason)
 
 
 def test_a_canary_has_nothing_to_correct_where_the_forecast_sees_no_kl() -> None:

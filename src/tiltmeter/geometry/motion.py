@@ -34,7 +34,7 @@ class Slope:
     Attributes:
         mean: [n], the mean over batches, each clipped as the recipe clips.
         spread: [n], standard deviation over batches (of one batch, not of their mean); zero for a single batch. In
-            bfloat16 when n is large.
+            bfloat16 when n is large. Of a tuning set it is rescaled to the recipe's batches (`jobs.tuning`).
         groups: mean gradients of a few disjoint groups of batches, each [n]; their scatter is the sampling error.
         group_weights: weights [J, m] of the examples in each group.
         norms: [B], norm of every batch gradient before clipping.

@@ -243,7 +243,8 @@ def finetune(
         track.record["reasons"]["guard"] = "no guard was given"
     else:
         log = [{"step": entry.step, "what": entry.what, "why": entry.why} for entry in guarding[0].log]
-        settings = {"budget_kl": guard.budget_kl, "strength": guarding[0].guard.strength}
+        strength = guarding[0].guard.strength
+        settings = {"budget_kl": guard.budget_kl, "strength": strength, "answer_tokens": guard.answer_tokens}
         track.record["guard"] = {"name": guard.name, **settings, "prompts_shared": guarding[1], "log": log}
     store.write_record(out, track.record, track.arrays)
     return track

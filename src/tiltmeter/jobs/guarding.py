@@ -29,6 +29,9 @@ from tiltmeter.lm.sharding import whole
 #: Safety prompts of its own that a guard should have at least.
 FEWEST = 12
 
+#: Tokens of the aligned model's answers that a guard looks at.
+ANSWER_TOKENS = 24
+
 #: Steps between two projections where the directions are too many numbers to keep.
 EVERY_IN_LARGE_SPACES = 4
 
@@ -106,7 +109,12 @@ def alignment_of(aligned: Any, base: Any, wanted: set[str] | None = None) -> Map
 
 
 def safety_source(
-    opened: Opened, rows: Sequence[dict[str, Any]], *, limit: int = 48, max_length: int = 512, response_tokens: int = 24
+    opened: Opened,
+    rows: Sequence[dict[str, Any]],
+    *,
+    limit: int = 48,
+    max_length: int = 512,
+    response_tokens: int = ANSWER_TOKENS,
 ) -> LanguageSafety:
     """What guards may know of the model's safety, from safety prompts; one in three is held out.
 
@@ -115,11 +123,15 @@ def safety_source(
         rows: safety prompts, with answers or without.
         limit: most prompts.
         max_length: longest prompt with answer, tokens.
-        response_tokens: length of generated answers.
+        response_tokens: length of generated answers. KL is a mean over them, and a refusal is decided in the first
+            few: a budget per token allows the more there, the longer they are.
 
     Raises:
+        InputError: `response_tokens` is below one.
         DataError: too few can be used.
     """
+    if response_tokens < 1:
+        raise InputError(f"a guard must look at one token of an answer at least, got {response_tokens}")
     prepared = prepare_safety(
         opened.loaded,
         rows,
@@ -141,12 +153,14 @@ class GuardOptions:
         strength: as the guard understands it; None for its own default.
         budget_kl: for `budget`, nats per token.
         base: name of the model that the aligned one was made from, for `safe_lora` and `lox`.
+        answer_tokens: tokens of the aligned model's answers that the guard looks at.
     """
 
     name: str
     strength: float | None = None
     budget_kl: float = 0.05
     base: str | None = None
+    answer_tokens: int = ANSWER_TOKENS
 
     @property
     def knob(self) -> float | None:
@@ -155,8 +169,14 @@ class GuardOptions:
 
     @property
     def label(self) -> str:
-        """Name and knob, fit for a folder."""
-        return self.name if self.knob is None else f"{self.name}-{self.knob:g}"
+        """Name, knob and what else is asked, fit for a folder."""
+        knob = "" if self.knob is None else f"-{self.knob:g}"
+        return self.name + knob + ("" if self.answer_tokens == ANSWER_TOKENS else f"-{self.answer_tokens}-tokens")
+
+    @property
+    def question(self) -> str:
+        """All of it as text; settings that were added since the first version only where they are not the default."""
+        return repr(self).replace(f", answer_tokens={ANSWER_TOKENS})", ")")
 
 
 def attach_guard(
@@ -178,6 +198,7 @@ def attach_guard(
         tuning=tuning,
         base=base,
         seed=seed,
+        answer_tokens=asked.answer_tokens,
     )
     if isinstance(callback.guard, ConstrainedTokens) and callback.guard.strength:
         trainer.compute_loss_func = callback.guard.trainer_loss
@@ -204,12 +225,24 @@ def guard_callback(
     tuning: Sequence[Example] = (),
     base: Any = None,
     seed: int = 0,
+    answer_tokens: int = ANSWER_TOKENS,
 ) -> GuardCallback:
-    """A guard by name as a callback for a Trainer, with its safety set; arguments as for `guard_named`.
+    """A guard by name as a callback for a Trainer, with its safety set.
+
+    Args:
+        name: as for `guard_named`, like all that are not named here.
+        opened: the aligned model.
+        safety_rows: safety prompts.
+        strength: of the guard.
+        budget_kl: of `budget`.
+        tuning: examples, for `token_loss`.
+        base: model before alignment.
+        seed: of what the guard draws.
+        answer_tokens: length of the answers that the aligned model gives to the prompts; see `safety_source`.
 
     Raises:
         InputError: no such guard, it lacks what it needs, or too few safety prompts can be used.
     """
     guard = guard_named(name, opened, strength=strength, budget_kl=budget_kl, tuning=tuning, base=base)
     with torch.random.fork_rng(devices=[]):
-        return GuardCallback(guard, safety_source(opened, safety_rows), seed)
+        return GuardCallback(guard, safety_source(opened, safety_rows, response_tokens=answer_tokens), seed)

@@ -69,7 +69,7 @@ def score_rows(subject: Subject, tuning: Tuning, recipe: Recipe, explained: int 
     metric, clock = recipe.metric, recipe.clock()
     clip = recipe.max_grad_norm or None
     slope = measure_slope(tuning.objective, tuning.batches, clip=clip, groups=1)
-    slope = replace(slope, spread=slope.spread.mul_(tuning.spread_factor(len(tuning.batches))))
+    slope = replace(slope, spread=slope.spread.mul_(tuning.spread_factor(tuning.batches)))
     covered = float(metric.flow_time(clock)[-1])
     kept = 1.0 if clip is None else float((clip / slope.norms.clamp_min(1e-300)).clamp_max(1.0).mean())
     pull = _in_metric(subject.margin_gradient, slope, metric)

@@ -35,7 +35,7 @@ class Tuning:
         encoded: the sample in tokens.
         objective: loss of every example, so scaled that their mean is the mean per supervised token.
         batches: [B, m] weights that make a trainer's batch loss (mean over its supervised tokens).
-        batch_size: rows in each of these batches.
+        batch_size: rows in each of these batches, at least: what is left over is dealt out among them.
         recipe_batch: rows in a batch of the recipe.
         further: loss of further rows, for gradients on the way: what was fitted there should not be rows seen before.
         further_batches: their batches, likewise.
@@ -75,17 +75,19 @@ class Tuning:
         part = slice(number * self.per_look, (number + 1) * self.per_look)
         return self._slope(self.further, self.further_batches[part], clip, displacement, 1)
 
-    def spread_factor(self, batches: int) -> float:
-        """Turns the spread of so many of these batches into that which belongs to the recipe's.
+    def spread_factor(self, batches: Tensor) -> float:
+        """Turns the spread of batches [B, m] into that which belongs to the recipe's.
 
         A batch of the recipe, of b rows, has a mean square of mu^2 + sigma^2 / b where rows scatter by sigma. The mean
-        of B batches of s rows has mu^2 + sigma^2 / (B s), and their spread (divided by B) squared is
-        sigma^2 (B - 1) / (B s) on average. With this factor the squares of mean and spread add up to the former; where
-        B s < b the mean's own square is more than that already.
+        of B batches of s rows (the harmonic mean where they differ) has mu^2 + sigma^2 / (B s), and their spread
+        (divided by B) squared is sigma^2 (B - 1) / (B s) on average. With this factor the squares of mean and spread
+        add up to the former; where B s < b the mean's own square is more than that already.
         """
-        if batches < 2:
+        count = len(batches)
+        if count < 2:
             return 1.0  # there is no spread
-        kept = (batches * self.batch_size - self.recipe_batch) / (self.recipe_batch * (batches - 1))
+        size = count / float((batches != 0).sum(1).double().reciprocal().sum())
+        kept = (count * size - self.recipe_batch) / (self.recipe_batch * (count - 1))
         return math.sqrt(max(0.0, kept))
 
     @property
@@ -119,7 +121,7 @@ class Tuning:
         groups: int,
     ) -> Slope:
         found = measure_slope(objective, batches, clip=clip, displacement=displacement, groups=groups)
-        return replace(found, spread=found.spread.mul_(self.spread_factor(len(batches))))
+        return replace(found, spread=found.spread.mul_(self.spread_factor(batches)))
 
 
 def sample_tuning(loaded: Loaded, rows: RowSet, recipe: Recipe, options: Options) -> Encoded:

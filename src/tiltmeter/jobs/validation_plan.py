@@ -201,7 +201,7 @@ class Plan:
         if self.guarding is not None:
             held = self.guarding
             shared = [held.prompts, held.harmless or "", held.harmless_rows]
-            guards = {"guards": shared, "guard": repr(cell.guard), "timing": TIMING}
+            guards = {"guards": shared, "guard": cell.guard.question if cell.guard else "None", "timing": TIMING}
         if cell.guard is not None:  # nothing is foretold for it: how that is done does not matter
             return store.digest_json({**guards, "run": self.run(cell), "grid": self.options.grid})
         return store.digest_json(
@@ -306,7 +306,7 @@ def _guarding(held: Any) -> Guarding | None:
     axis: list[GuardOptions | None] = [None]
     for each in held["axis"]:
         given = {"name": each} if isinstance(each, str) else dict(each)
-        _only(given, ("name", "strength", "budget_kl", "base"), "a guard")
+        _only(given, ("name", "strength", "budget_kl", "base", "answer_tokens"), "a guard")
         if given.get("name") == "none":
             continue
         if given.get("name") not in GUARDS:

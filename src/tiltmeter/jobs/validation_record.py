@@ -91,6 +91,7 @@ def _guard_runs(plan: Plan, cells: Sequence[Cell], why: Reasons) -> list[dict[st
                 "plan": "validation",
                 "guard": cell["guard"]["name"],
                 "strength": cell["guard"]["strength"],
+                **{key: cell["guard"][key] for key in ("answer_tokens",) if key in cell["guard"]},
                 "set": cell["set"],
                 "seed": cell["seed"],
                 "regime": cell["regime"],

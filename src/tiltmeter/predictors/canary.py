@@ -4,8 +4,8 @@ The canary's mean slope of the margin and the forecast's are two estimates of on
 that of the rows it was made from and the square of what half of its looks at the gradient change, less what noise of
 the rows has in that; the canary's is the luck of its few batches, carried to the end of the recipe. They are weighed by
 their inverse squares, and the change of slope is added to the forecast for the whole recipe. The KL is treated by its
-root, which grows like the path; to first order about the forecast, so that the canary's luck, which leaves the mean of
-its KL where it is, leaves the mean of the correction at zero (the mean of a root is below the root of the mean).
+root, which grows like the path, and the canary's root is compared with the one that its luck would give on average,
+which is below the root that was told: the mean of a square is the square of the mean and the variance.
 
 Source: this project; the conjugate normal update. The two are taken to be independent, which they are not quite: the
 canary's rows are some of those in the forecast's first look.
@@ -98,7 +98,8 @@ def canary_kl(case: Case) -> Risk:
 
     def heard(told: float) -> tuple[float, float]:
         # the noise is a share of what was told: a canary that saw little would else pass for a sure one
-        return (seen - told**2) / (2 * told) if told > 0 else math.nan, share * told
+        expected = told * math.sqrt(max(0.0, 1 - share**2))
+        return (0.0 if seen <= 0 else math.sqrt(seen)) - expected, share * told
 
     end = float(roots[REHEARSED][-1]) if REHEARSED in roots else math.nan
     doubt, apart = float(case.measured.kl_doubt[-1]) * end, float(case.measured.kl_apart[-1]) * end
@@ -145,7 +146,7 @@ def _blend(
         return Risk(None, unit, price, reason="the canary's steps have a learning rate of zero")
     told = _between(steps, main, covered, step)
     difference, noise = heard(told)
-    if math.isnan(difference):
+    if root and told == 0:
         return Risk(None, unit, price, reason="the forecast sees no motion at the canary's step to correct")
     if math.isnan(noise) or math.isnan(doubt):
         return Risk(None, unit, price, reason="the noise of the canary's batches is not known")

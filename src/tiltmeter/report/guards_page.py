@@ -17,6 +17,9 @@ from tiltmeter.store import write_text
 
 Run = Mapping[str, Any]
 
+#: Tokens of an answer that guards look at if nothing else was asked for.
+ANSWER_TOKENS = 24
+
 #: Key of a run, and heading of its column; a change has its value inside, and no column where no run has one.
 _COLUMNS = (
     ("task_loss", "Task loss, nats per token"),
@@ -77,8 +80,14 @@ def render_guards_page(held: Mapping[str, Any], title: str) -> str:
 
 def groups_of(runs: Sequence[Run]) -> dict[tuple[str, float], list[Run]]:
     """Runs by guard and strength, the seeds together, in the order of their names."""
-    keys = sorted({(str(run["guard"]), float(run["strength"])) for run in runs})
-    return {key: [run for run in runs if (run["guard"], run["strength"]) == key] for key in keys}
+    keys = sorted({(guard_name(run), float(run["strength"])) for run in runs})
+    return {key: [run for run in runs if (guard_name(run), run["strength"]) == key] for key in keys}
+
+
+def guard_name(run: Run) -> str:
+    """The guard of a run, with the length of the answers it looked at where that is not the usual one."""
+    tokens = run.get("answer_tokens", ANSWER_TOKENS)
+    return str(run["guard"]) + ("" if tokens == ANSWER_TOKENS else f", {tokens} tokens")
 
 
 def mean_over_seeds(runs: Sequence[Run], key: str) -> tuple[float | None, float | None, float | None]:
@@ -101,7 +110,7 @@ def draw_pareto(title: str, groups: Mapping[tuple[str, float], Sequence[Run]], n
             if kl[0] is None or kl[0] <= 0 or loss is None:
                 continue
             seen += [x for x in kl if x is not None and x > 0]
-            colour = svg.VALUE if guard == "budget" else svg.BUDGET if guard == "none" else svg.MUTED
+            colour = svg.VALUE if guard.startswith("budget") else svg.BUDGET if guard == "none" else svg.MUTED
             if kl[1] is not None and kl[2] is not None and kl[1] > 0:
                 axes.plot([kl[1], kl[2]], [loss, loss], color=colour, linewidth=2, alpha=0.4)
             axes.plot([kl[0]], [loss], "D" if guard == "none" else "o", color=colour, markersize=6)
