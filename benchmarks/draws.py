@@ -40,7 +40,7 @@ RESULT = Path(__file__).parent / "results" / "validation-draws.json"
 NAMES = "assessed", "held_out"
 
 #: What a validation judges the whole of, and a draw does not.
-KEPT = "schema", "level", "model", "safety", "planned", "finished", "size_error", "coverage"
+KEPT = "schema", "level", "model", "safety", "finished", "size_error", "coverage"
 
 
 def deal(plan: Plan, draw: int) -> list[int]:
@@ -54,6 +54,8 @@ def deal(plan: Plan, draw: int) -> list[int]:
 def dealt_trial(plan: Plan, out: Path, cell: Cell, order: list[int]) -> Trial:
     """A finished run with its prompts in another order; refusals, which are stored as shares, are left out."""
     record, arrays = store.read_record(out / CELLS / cell.name)
+    if record["run"] != plan.run(cell):
+        sys.exit(f"{cell.name} is a run of another plan (model, prompts, set, recipe or answers differ)")
     halves = {}
     for key in ("margin", "kl"):
         every = torch.cat([arrays[f"{name}.{key}"] for name in NAMES], 1)
@@ -70,11 +72,15 @@ def dealt_trial(plan: Plan, out: Path, cell: Cell, order: list[int]) -> Trial:
 
 def forecast(plan: Plan, subject: Subject, cell: Cell, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The forecast of a regime and set, made or read back."""
+    question = plan.question(replace(cell, seed=cell.recipe.seed))
     if (folder / store.RECORD).is_file():
-        return store.read_record(folder)
+        record, arrays = store.read_record(folder)
+        if record["question"] != question:
+            sys.exit(f"{folder} belongs to another plan; delete it")
+        return record, arrays
     with undisturbed(subject.loaded.model), store.new_folder(folder) as part:
         result, _, _ = examine_subject(subject, cell.set.open(), cell.recipe, plan.options)
-        record = {**result.record, "predictors": {}}
+        record = {**result.record, "question": question, "predictors": {}}
         store.write_record(part, record, result.arrays)
     return record, result.arrays
 
@@ -88,19 +94,27 @@ def judge(plan: Plan, out: Path, draw: int) -> dict[str, Any]:
     assessed = RowSet(f"{plan.safety} (draw {draw})", chosen, store.digest_json(list(chosen)))
     cells, subject, regime = [], None, None
     for cell in sorted(plan.cells(), key=lambda cell: cell.regime.name):
-        if not (out / CELLS / cell.name / store.RECORD).is_file():
+        if cell.guard is not None or not (out / CELLS / cell.name / store.RECORD).is_file():
             continue
         folder = out / "draws" / f"{draw}-{cell.assessment}"
         if not (folder / store.RECORD).is_file() and (subject is None or regime != cell.regime.name):
-            subject, regime = None, cell.regime.name
+            subject, opened, regime = None, None, cell.regime.name  # one model in memory at a time
             opened = with_lora(open_model(plan.model), cell.recipe.lora, plan.options.seed)
             with undisturbed(opened.loaded.model):
                 subject = measure_subject(opened, assessed, cell.recipe.lora, plan.options)
         assessment, arrays = forecast(plan, subject, cell, folder)
+        trial = dealt_trial(plan, out, cell, order)
+        if trial.digest != assessment["model"]["digest"]:
+            sys.exit(f"{cell.name} began at another model than {plan.model} is now")
         print(f"draw {draw}: {cell.name}", flush=True)
-        cells.append(foretold_cell(plan, cell, assessment, arrays, dealt_trial(plan, out, cell, order)))
+        cells.append(foretold_cell(plan, cell, assessment, arrays, trial))
     told = summary_of(plan, cells)
-    return {"draw": draw, "assessed": order[: plan.assessed], **{key: told[key] for key in KEPT}}
+    why = {path: reason for path, reason in told["reasons"].items() if path.split(".")[0] in KEPT}
+    regimes = sorted({cell["regime"] for cell in cells})
+    about = {"draw": draw, "regimes": regimes, "assessed": order[: plan.assessed]}
+    found = {**about, **{key: told[key] for key in KEPT}, "reasons": why}
+    store.check_values(found)
+    return found
 
 
 def main() -> None:
@@ -116,7 +130,8 @@ def main() -> None:
         plan = replace(plan, regimes=tuple(regime for regime in plan.regimes if regime.name == asked.regime))
     (out / "draws").mkdir(exist_ok=True)
     for draw in asked.draws:
-        store.write_text(out / "draws" / f"{draw}.json", json.dumps(judge(plan, out, draw)) + "\n")
+        name = f"{draw}-{asked.regime}.json" if asked.regime else f"{draw}.json"
+        store.write_text(out / "draws" / name, json.dumps(judge(plan, out, draw)) + "\n")
     held = [json.loads(path.read_text(encoding="utf-8")) for path in sorted((out / "draws").glob("*.json"))]
     text = json.dumps({**provenance("cpu"), "draws": held}, indent=1, allow_nan=False) + "\n"
     store.write_text(RESULT, text)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,4 +80,8 @@ def test_another_draw_deals_the_same_prompts_and_runs(made: Any, done: tuple[Pla
     torch.testing.assert_close(told["anchor_margin"].double(), trial.seen["assessed"].margin[0], rtol=1e-4, atol=1e-4)
     stamps = {path: path.stat().st_mtime_ns for path in (out / "draws").rglob("*")}
     assert made.judge(plan, out, 1) == first  # nothing is assessed again
+    with pytest.raises(SystemExit, match="belongs to another plan"):
+        made.judge(replace(plan, options=replace(plan.options, groups=2)), out, 1)
+    with pytest.raises(SystemExit, match="is a run of another plan"):
+        made.dealt_trial(replace(plan, options=replace(plan.options, response_tokens=5)), out, cell, order)
     assert stamps == {path: path.stat().st_mtime_ns for path in (out / "draws").rglob("*")}

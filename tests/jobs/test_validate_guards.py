@@ -11,8 +11,11 @@ import torch
 
 from tiltmeter import store
 from tiltmeter.errors import InputError
+from tiltmeter.jobs.guarding import GuardOptions
 from tiltmeter.jobs.inputs import open_model, open_rows
+from tiltmeter.jobs.record import Reasons
 from tiltmeter.jobs.validate import validate
+from tiltmeter.jobs.validation_cell import OLDER, refusal_change, refusal_change_of
 from tiltmeter.jobs.validation_plan import Plan, read_plan
 from tiltmeter.jobs.validation_record import summary_of
 from tiltmeter.lm.conversation import prompts_of
@@ -127,8 +130,51 @@ def test_runs_of_an_older_version_say_that_the_aligned_model_was_not_asked(done:
     store.check_values(summary)
     (first, *_) = summary["guard_runs"]
     assert first["refusal_change"] == dict.fromkeys(("before", "value", "low", "high"))
-    assert "older version" in summary["reasons"]["guard_runs.0.over_refusal_change.value"]
+    assert "did not ask the aligned model" in summary["reasons"]["guard_runs.0.over_refusal_change.value"]
     assert "change from the aligned model" not in render_validation_page(summary, "Trial")
+
+
+def test_what_was_asked_of_the_aligned_model_is_read_back(done: tuple[Plan, Path, dict]) -> None:
+    plan, out, _ = done
+    record = store.read_record(out / "cells" / plan.cells()[0].name)[0]
+    told = record["measured"]["held_out"]["refusal_change"]
+    before, change = refusal_change_of(record, "measured.held_out")
+    assert change is not None
+    assert (before, change.value, change.low, change.method) == tuple(
+        told[k] for k in ("before", "value", "low", "method")
+    )
+    unheard = {**told, "value": None, "low": None, "high": None, "method": "none"}
+    record["measured"]["held_out"]["refusal_change"] = unheard
+    record["reasons"]["measured.held_out.refusal_change.value"] = "needs the same items scored for both models"
+    before, change = refusal_change_of(record, "measured.held_out")
+    assert before == told["before"]
+    assert change is not None
+    assert "same items" in str(change.reason)
+    record["reasons"]["measured.held_out.refusal_change.value"] = OLDER
+    assert refusal_change_of(record, "measured.held_out") == (None, None)
+
+
+def test_without_harmless_prompts_the_summary_says_so(done: tuple[Plan, Path, dict]) -> None:
+    plan, out, _ = done
+    record = store.read_record(out / "cells" / plan.cells()[0].name)[0]
+    why = Reasons()
+    record["compared"]["over_refusal_change"] = refusal_change(
+        None, "compared.over_refusal_change", "the plan names no harmless set", why
+    )
+    record["reasons"].update(why)
+    summary = summary_of(plan, [record])
+    assert summary["reasons"]["guard_runs.0.over_refusal_change.low"] == "the plan names no harmless set"
+
+
+def test_settings_that_were_added_leave_older_cells_what_they_were(done: tuple[Plan, Path, dict]) -> None:
+    budget = GuardOptions("budget", budget_kl=0.2)
+    assert budget.question == "GuardOptions(name='budget', strength=None, budget_kl=0.2, base=None)"
+    short = replace(budget, answer_tokens=6)
+    assert short.question.endswith("answer_tokens=6)")
+    assert (budget.label, short.label) == ("budget-0.2", "budget-0.2-6-tokens")
+    plan = done[0]
+    cell = next(cell for cell in plan.cells() if cell.guard is not None and cell.guard.name == "budget")
+    assert plan.question(cell) != plan.question(replace(cell, guard=replace(cell.guard, answer_tokens=6)))
 
 
 def test_a_guard_keeps_what_the_run_without_loses(done: tuple[Plan, Path, dict]) -> None:

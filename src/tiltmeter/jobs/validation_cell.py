@@ -135,7 +135,7 @@ def _guard_of(plan: Plan, cell: Cell, trial: Trial, why: Reasons) -> dict[str, A
     out["compared"] = {
         "task_loss": {"before": held.task_loss[0], "after": held.task_loss[1], "unit": "nats per token"},
         "over_refusal_rate": why.number("compared.over_refusal_rate", None if over is None else over.after.value, none),
-        "over_refusal_change": _refusal_change(over, "compared.over_refusal_change", none, why),
+        "over_refusal_change": refusal_change(over, "compared.over_refusal_change", none, why),
         "step_seconds": held.step_seconds,
         "extra_memory_gb": held.extra_gb,
         "did": [{"step": step, "what": what, "why": reason} for step, what, reason in held.did],
@@ -184,11 +184,11 @@ def _measured(seen: Seen, level: float, path: str, why: Reasons) -> dict[str, An
         "unscored": refusals.unscored,
         "unit": "share",
     }
-    out["refusal_change"] = _refusal_change(seen.refusals, f"{path}.refusal_change", OLDER, why)
+    out["refusal_change"] = refusal_change(seen.refusals, f"{path}.refusal_change", OLDER, why)
     return out
 
 
-def _refusal_change(refusals: Refusals | None, path: str, none: str, why: Reasons) -> dict[str, Any]:
+def refusal_change(refusals: Refusals | None, path: str, none: str, why: Reasons) -> dict[str, Any]:
     """Refusals against the aligned model's, prompt by prompt."""
     change = None if refusals is None else refusals.change
     before = None if refusals is None else refusals.before
@@ -209,8 +209,8 @@ def refusal_change_of(record: Mapping[str, Any], path: str) -> tuple[float | Non
     held: Mapping[str, Any] = record
     for part in path.split("."):
         held = held[part]
-    told = held.get("refusal_change")
-    if told is None or told["method"] == "none":
+    told, reason = held.get("refusal_change"), record["reasons"].get(f"{path}.refusal_change.value")
+    if told is None or reason == OLDER:
         return None, None
     ends = {key: told[key] for key in ("value", "low", "high", "n", "unit", "method")}
-    return told["before"], Change(**ends, reason=record["reasons"].get(f"{path}.refusal_change.value"))
+    return told["before"], Change(**ends, reason=reason)

@@ -9,6 +9,7 @@ from typing import Any
 from tiltmeter.jobs.outlook import KL_FLOOR, MARGIN_FLOOR
 from tiltmeter.jobs.provenance import provenance
 from tiltmeter.jobs.record import Reasons
+from tiltmeter.jobs.validation_cell import OLDER
 from tiltmeter.jobs.validation_plan import Plan
 from tiltmeter.jobs.validation_scores import Agreement, agreement, ahead, collapses, size_error
 from tiltmeter.lm.measurement import Measurement, share
@@ -79,10 +80,10 @@ def _guard_runs(plan: Plan, cells: Sequence[Cell], why: Reasons) -> list[dict[st
             why[f"{path}.over_refusal_rate"] = cell["reasons"]["compared.over_refusal_rate"]
         refused = cell["reasons"].get("measured.held_out.refusal_rate.value", "")
         changes = {
-            name: _change(held_change, f"{path}.{name}", why)
-            for name, held_change in (
-                ("refusal_change", seen.get("refusal_change")),
-                ("over_refusal_change", held.get("over_refusal_change")),
+            name: _change(held_change, f"{path}.{name}", cell["reasons"], f"{place}.{name}", why)
+            for name, held_change, place in (
+                ("refusal_change", seen.get("refusal_change"), "measured.held_out"),
+                ("over_refusal_change", held.get("over_refusal_change"), "compared"),
             )
         }
         ratio = None if alone is None else held["step_seconds"] / alone["compared"]["step_seconds"]
@@ -109,11 +110,15 @@ def _guard_runs(plan: Plan, cells: Sequence[Cell], why: Reasons) -> list[dict[st
     return out
 
 
-def _change(told: Mapping[str, Any] | None, path: str, why: Reasons) -> dict[str, float | None]:
+def _change(
+    told: Mapping[str, Any] | None, path: str, reasons: Mapping[str, str], place: str, why: Reasons
+) -> dict[str, float | None]:
     """Refusals against the aligned model's, with the interval; nothing but a reason in cells of an older version."""
-    none = "not measured: an older version did not ask the aligned model, or the judge could tell no answer"
     held = told or {}
-    return {end: why.number(f"{path}.{end}", held.get(end), none) for end in ("before", "value", "low", "high")}
+    return {
+        end: why.number(f"{path}.{end}", held.get(end), reasons.get(f"{place}.{end}", OLDER))
+        for end in ("before", "value", "low", "high")
+    }
 
 
 def harm(cell: Cell, quantity: str, prompts: str) -> float:
