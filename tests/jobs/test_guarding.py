@@ -8,7 +8,7 @@ import torch
 from tiltmeter.errors import InputError, UnsupportedModel
 from tiltmeter.guards.names import GUARDS
 from tiltmeter.jobs.finetune import finetune
-from tiltmeter.jobs.guarding import GuardOptions, alignment_of, guard_named, prompts_for_guard
+from tiltmeter.jobs.guarding import GuardOptions, alignment_of, guard_callback, guard_named, prompts_for_guard
 from tiltmeter.jobs.inputs import open_model, open_rows
 from tiltmeter.jobs.recipe import Lora, Recipe
 from tiltmeter.jobs.subject import with_lora
@@ -42,6 +42,25 @@ def test_the_token_loss_reaches_the_trainer(tmp_path):
     free = run(tmp_path / "free", None)
     held = run(tmp_path / "held", GuardOptions("token_loss"))
     assert held["curves"]["safety_kl"]["value"][-1] < free["curves"]["safety_kl"]["value"][-1]
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+def test_a_guard_looks_at_so_many_tokens_of_an_answer(tokens):
+    opened = with_lora(open_model("demo:tiny"), Lora(2, 4.0), 0)
+    callback = guard_callback("budget", opened, open_rows("demo:tiny-safety").rows, answer_tokens=tokens)
+    labels = torch.cat([batch.labels.reshape(-1, batch.labels.shape[-1]) for _, batch in callback.source._score.chunks])
+    assert (labels[:, 1:] != -100).sum(-1).max() == tokens
+    with pytest.raises(InputError, match="one token of an answer at least, got 0"):
+        guard_callback("budget", opened, open_rows("demo:tiny-safety").rows, answer_tokens=0)
+
+
+def test_the_answers_length_is_in_the_record_and_changes_the_run(tmp_path):
+    kept, short = (
+        run(tmp_path / str(tokens), GuardOptions("budget", budget_kl=0.05, answer_tokens=tokens)) for tokens in (24, 2)
+    )
+    assert (kept["guard"]["answer_tokens"], short["guard"]["answer_tokens"]) == (24, 2)
+    ends = [record["curves"]["safety_kl"]["value"][-1] for record in (kept, short)]
+    assert ends[0] != ends[1]
 
 
 def test_every_name_gives_its_guard_or_says_what_it_lacks():

@@ -478,3 +478,13 @@ def test_batches_group_similar_lengths():
     padded = sum(batch.tokens.numel() for _, batch in batches(examples_of(2, 10, 2, 10, 2, 10), 0, 30))
     assert padded == 36  # no padding at all
     assert batches([], 0, 30) == []
+
+
+def test_an_example_is_cut_after_so_many_tokens_of_its_last_answer():
+    tokens = tuple(range(10, 20))
+    two_turns = Example(tokens, (-100, 11, 12, -100, -100, 15, 16, 17, 18, -100), 3)
+    assert two_turns.opened(2) == Example(tokens[:7], (-100, 11, 12, -100, -100, 15, 16), 3)
+    assert two_turns.opened(4).tokens == tokens[:9]
+    assert two_turns.opened(5) is two_turns
+    unsupervised = Example(tokens, (-100,) * 10, 0)
+    assert unsupervised.opened(1) is unsupervised

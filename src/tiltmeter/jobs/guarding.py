@@ -123,8 +123,8 @@ def safety_source(
         rows: safety prompts, with answers or without.
         limit: most prompts.
         max_length: longest prompt with answer, tokens.
-        response_tokens: length of generated answers. KL is a mean over them, and a refusal is decided in the first
-            few: a budget per token allows the more there, the longer they are.
+        response_tokens: tokens of every answer that count. KL is a mean over them, and a refusal is decided in the
+            first few: a budget per token allows the more there, the longer they are.
 
     Raises:
         InputError: `response_tokens` is below one.
@@ -141,7 +141,8 @@ def safety_source(
         refusal_opening=opened.refusal_opening,
         compliance_opening=opened.compliance_opening,
     )
-    return LanguageSafety(opened.loaded.model, prepared.responses, opened.loaded.tokenizer.pad_token_id)
+    responses = [example.opened(response_tokens) for example in prepared.responses]
+    return LanguageSafety(opened.loaded.model, responses, opened.loaded.tokenizer.pad_token_id)
 
 
 @dataclass(frozen=True)
@@ -238,7 +239,7 @@ def guard_callback(
         tuning: examples, for `token_loss`.
         base: model before alignment.
         seed: of what the guard draws.
-        answer_tokens: length of the answers that the aligned model gives to the prompts; see `safety_source`.
+        answer_tokens: tokens of every answer that count; see `safety_source`.
 
     Raises:
         InputError: no such guard, it lacks what it needs, or too few safety prompts can be used.

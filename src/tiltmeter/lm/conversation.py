@@ -41,6 +41,13 @@ class Example:
         """Number of supervised tokens."""
         return sum(label != UNSUPERVISED for label in self.labels)
 
+    def opened(self, count: int) -> Example:
+        """The same up to the first `count` tokens of its last supervised stretch; itself where there are no more."""
+        told = [place for place, label in enumerate(self.labels) if label != UNSUPERVISED]
+        starts = [place for place in told if self.labels[place - 1] == UNSUPERVISED]
+        end = starts[-1] + count if starts else len(self.tokens)
+        return self if end >= len(self.tokens) else Example(self.tokens[:end], self.labels[:end], self.row)
+
 
 @dataclass(frozen=True)
 class Encoded:
