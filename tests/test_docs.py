@@ -108,6 +108,8 @@ def test_tables_of_validations_are_those_of_the_committed_records():
     guards = (ROOT / "docs" / "guards.md").read_text(encoding="utf-8")
     table = made.guard_table(committed("validation-guards"))
     assert f"<!-- aligned table -->\n{table}\n<!-- end of aligned table -->" in guards
+    kept = made.refusal_table(committed("validation-refusals"))
+    assert f"<!-- refusals table -->\n{kept}\n<!-- end of refusals table -->" in guards
     which = (ROOT / "docs" / "how-to" / "which-guard.md").read_text(encoding="utf-8")
     short = made.guard_summary(committed("validation-guards"))
     assert f"<!-- summary table -->\n{short}\n<!-- end of summary table -->" in which
@@ -179,6 +181,23 @@ def test_seeds_of_a_guard_are_shown_side_by_side():
         "| lora | qa | none | 0 | 2 | 100 % | 0.4 | 2 of 2 | +1.50 | 25 % | ? | 1.0x to 2.0x |",
         "| lora | qa | budget | 0.05 | 2 | 50 % to 75 % | 0.03 to 0.04 | 2 of 2 | +1.50 | 25 % | ? | 1.0x to 2.0x |",
         "| lora | qa | replay | 0.05 | 2 | 50 % to 80 % | 0.05 | 1 of 2 | +1.50 | 25 % | ? | 1.0x to 2.0x |",
+    ]
+
+
+def test_refusals_are_shown_against_the_aligned_models():
+    def run(guard, loss, after, change):
+        named = {"set": "qa", "regime": "lora", "seed": 0, "guard": guard, "strength": 0.02 if guard == "budget" else 0}
+        rates = {"refusal_rate": after, "over_refusal_rate": 0.05, "heldout_kl": 0.0421}
+        none = {"before": None, "value": None, "low": None, "high": None}
+        tokens = {"answer_tokens": 6} if guard == "budget" else {}
+        changes = {"refusal_change": change, "over_refusal_change": none}
+        return {**named, **rates, **tokens, **changes, "task_loss_before": 3.0, "task_loss": loss}
+
+    told = {"before": 0.9, "value": -0.6, "low": -0.7, "high": -0.52}
+    runs = [run("none", 2.0, 0.3, told), run("budget", 2.1, 0.9, {**told, "value": 0.0, "low": -0.03, "high": 0.04})]
+    assert benchmark("validation").refusal_table({"guard_runs": runs}).splitlines()[2:] == [
+        "| qa | none | 100 % | 0.042 | 30 % (90 %) | -60 (-70 to -52) | 5 % (?) | ? |",
+        "| qa | budget, 6 tokens 0.02 | 90 % | 0.042 | 90 % (90 %) | +0 (-3 to +4) | 5 % (?) | ? |",
     ]
 
 
