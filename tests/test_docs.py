@@ -156,6 +156,29 @@ def test_what_the_text_says_of_guards_is_what_the_runs_were():
         assert f"{costs[key]:.2f}x" in guards, key
 
 
+def test_what_the_text_says_of_refusals_is_what_the_runs_were():
+    made, runs = benchmark("validation"), committed("validation-refusals")["guard_runs"]
+    which = " ".join((ROOT / "docs" / "how-to" / "which-guard.md").read_text(encoding="utf-8").split())
+
+    def points(tokens):
+        return sorted(
+            round(100 * run["refusal_change"]["value"])
+            for run in runs
+            if (
+                run["guard"] == "none"
+                if tokens is None
+                else (run["guard"], run.get("answer_tokens", 24)) == ("budget", tokens)
+            )
+        )
+
+    held, loose, alone = (points(tokens) for tokens in (6, 24, None))
+    shares = [f"{100 * made._learned(run, runs):.0f} %" for run in runs if run.get("answer_tokens") == 6]
+    assert len(held) == len(loose) == len(alone) == len(shares) >= 3
+    said = f"{held[0]:+d} to {held[-1]:+d} points, where 0.05 nats over whole answers lost {-loose[-1]} to {-loose[0]}"
+    assert said in which
+    assert f"no guard {-alone[-1]} to {-alone[0]}, and {min(shares)} to {max(shares)} of the task" in which
+
+
 def test_seeds_of_a_guard_are_shown_side_by_side():
     def run(guard, seed, loss, kl):
         held = {"margin": 1.5, "refusal_rate": 0.25, "over_refusal_rate": None, "step_time_ratio": 1.0 + seed}
