@@ -172,11 +172,11 @@ def test_what_the_text_says_of_refusals_is_what_the_runs_were():
         )
 
     held, loose, alone = (points(tokens) for tokens in (6, 24, None))
-    shares = [f"{100 * made._learned(run, runs):.0f} %" for run in runs if run.get("answer_tokens") == 6]
+    shares = [100 * made._learned(run, runs) for run in runs if run.get("answer_tokens") == 6]
     assert len(held) == len(loose) == len(alone) == len(shares) >= 3
     said = f"{held[0]:+d} to {held[-1]:+d} points, where 0.05 nats over whole answers lost {-loose[-1]} to {-loose[0]}"
     assert said in which
-    assert f"no guard {-alone[-1]} to {-alone[0]}, and {min(shares)} to {max(shares)} of the task" in which
+    assert f"no guard {-alone[-1]} to {-alone[0]}, and {min(shares):.0f} % to {max(shares):.0f} % of the task" in which
 
 
 def test_seeds_of_a_guard_are_shown_side_by_side():
