@@ -176,6 +176,8 @@ def test_what_the_text_says_of_refusals_is_what_the_runs_were():
     assert len(held) == len(loose) == len(alone) == len(shares) >= 3
     said = f"{held[0]:+d} to {held[-1]:+d} points, where 0.05 nats over whole answers lost {-loose[-1]} to {-loose[0]}"
     assert said in which
+    assert "`--budget-kl 0.02 --guard-tokens 6` kept them within two points" in README
+    assert max(map(abs, held)) <= 2
     assert f"no guard {-alone[-1]} to {-alone[0]}, and {min(shares):.0f} % to {max(shares):.0f} % of the task" in which
 
 

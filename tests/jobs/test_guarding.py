@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+import inspect
+
 import pytest
 import torch
 
+from tiltmeter import cli
 from tiltmeter.errors import InputError, UnsupportedModel
 from tiltmeter.guards.names import GUARDS
 from tiltmeter.jobs.finetune import finetune
-from tiltmeter.jobs.guarding import GuardOptions, alignment_of, guard_callback, guard_named, prompts_for_guard
+from tiltmeter.jobs.guarding import (
+    ANSWER_TOKENS,
+    GuardOptions,
+    alignment_of,
+    guard_callback,
+    guard_named,
+    prompts_for_guard,
+)
 from tiltmeter.jobs.inputs import open_model, open_rows
 from tiltmeter.jobs.recipe import Lora, Recipe
 from tiltmeter.jobs.subject import with_lora
 from tiltmeter.lm.conversation import encode
+from tiltmeter.report import guards_page
 from tiltmeter.tracking.anchor import TrackerOptions
 
 HARD = Recipe(learning_rate=1e-3, schedule="constant", steps=12, batch_size=4, max_length=64)
@@ -52,6 +63,13 @@ def test_a_guard_looks_at_so_many_tokens_of_an_answer(tokens):
     assert (labels[:, 1:] != -100).sum(-1).max() == tokens
     with pytest.raises(InputError, match="one token of an answer at least, got 0"):
         guard_callback("budget", opened, open_rows("demo:tiny-safety").rows, answer_tokens=0)
+
+
+def test_what_guards_look_at_by_default_is_one_number():
+    """The command line and the page say it without importing what loads models."""
+    assert inspect.signature(cli.finetune).parameters["guard_tokens"].default == ANSWER_TOKENS
+    assert guards_page.ANSWER_TOKENS == ANSWER_TOKENS
+    assert GuardOptions("budget").answer_tokens == ANSWER_TOKENS
 
 
 def test_the_answers_length_is_in_the_record_and_changes_the_run(tmp_path):

@@ -239,6 +239,11 @@ def test_cells_that_are_there_are_not_run_again(done: tuple[Plan, Path, dict]) -
         (("prompts: 24", "promts: 24"), "unknown key 'promts' in guards"),
         (("axis: [none,", "axis: [ema,"), "two guards of the plan are the same"),
         (("strength: 1.0", "strenght: 1.0"), "unknown key 'strenght' in a guard"),
+        (
+            ("budget_kl: 2.0e-5", "answer_tokens: 0"),
+            "answer_tokens of guard budget must be a number of at least 1",
+        ),
+        (("budget_kl: 2.0e-5", "answer_tokens: six"), "of at least 1, got 'six'"),
     ],
 )
 def test_bad_guards_are_told(tmp_path: Path, change: tuple[str, str], message: str) -> None:

@@ -15,7 +15,7 @@ from tiltmeter import store
 from tiltmeter.errors import DataError, InputError
 from tiltmeter.guards.names import GUARDS
 from tiltmeter.jobs.assess import check_options
-from tiltmeter.jobs.guarding import FEWEST, GuardOptions
+from tiltmeter.jobs.guarding import ANSWER_TOKENS, FEWEST, GuardOptions
 from tiltmeter.jobs.inputs import open_rows
 from tiltmeter.jobs.predict import chosen
 from tiltmeter.jobs.recipe import Recipe, recipe_of
@@ -311,6 +311,9 @@ def _guarding(held: Any) -> Guarding | None:
             continue
         if given.get("name") not in GUARDS:
             raise InputError(f"unknown guard {given.get('name')!r}; expected one of {', '.join(sorted(GUARDS))}")
+        tokens = given.get("answer_tokens", ANSWER_TOKENS)
+        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
+            raise InputError(f"answer_tokens of guard {given['name']} must be a number of at least 1, got {tokens!r}")
         axis.append(GuardOptions(**given))
     labels = [guard.label for guard in axis if guard is not None]
     if len(set(labels)) < len(labels):
