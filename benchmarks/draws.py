@@ -25,16 +25,19 @@ from torch import Tensor
 from tiltmeter import store
 from tiltmeter.jobs.assess import examine_subject
 from tiltmeter.jobs.inputs import open_model
+from tiltmeter.jobs.predict import case_of, predict, risks_record
 from tiltmeter.jobs.provenance import provenance
+from tiltmeter.jobs.record import Reasons
 from tiltmeter.jobs.subject import Subject, measure_subject, with_lora
 from tiltmeter.jobs.trial import Refusals, Seen, Trial
 from tiltmeter.jobs.validation_cell import foretold_cell
 from tiltmeter.jobs.validation_plan import Cell, Plan, read_plan
-from tiltmeter.jobs.validation_record import summary_of
+from tiltmeter.jobs.validation_record import CANARIES, summary_of
 from tiltmeter.jobs.validation_runner import CELLS
 from tiltmeter.lm.measurement import Measurement
 from tiltmeter.lm.model import undisturbed
 from tiltmeter.lm.rows import RowSet
+from tiltmeter.predictors.canary import run_canary
 
 RESULT = Path(__file__).parent / "results" / "validation-draws.json"
 NAMES = "assessed", "held_out"
@@ -79,10 +82,20 @@ def forecast(plan: Plan, subject: Subject, cell: Cell, folder: Path) -> tuple[di
             sys.exit(f"{folder} belongs to another plan; delete it")
         return record, arrays
     with undisturbed(subject.loaded.model), store.new_folder(folder) as part:
-        result, _, _ = examine_subject(subject, cell.set.open(), cell.recipe, plan.options)
-        record = {**result.record, "question": question, "predictors": {}}
+        result, tuning, found = examine_subject(subject, cell.set.open(), cell.recipe, plan.options)
+        case, asked = case_of(subject, tuning, cell.recipe, plan.options, found, None), canaries(cell)
+        if asked:
+            case = replace(case, canary=run_canary(case))
+        why = Reasons(result.record["reasons"])
+        risks = risks_record(predict(case, asked), "predictors", why)
+        record = {**result.record, "question": question, "predictors": risks, "reasons": dict(why)}
         store.write_record(part, record, result.arrays)
     return record, result.arrays
+
+
+def canaries(cell: Cell) -> list[str]:
+    """The predictors of a cell that say what comes, in the units of what is measured; the others only rank."""
+    return [name for name in cell.regime.predictors if name in CANARIES.values()]
 
 
 def judge(plan: Plan, out: Path, draw: int) -> dict[str, Any]:

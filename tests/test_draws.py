@@ -29,7 +29,7 @@ regimes:
       lr_scheduler_type: constant
       lora: {r: 4, lora_alpha: 8}
 options: {max_tuning: 8, response_tokens: 4, rank: 2, grid: 2, looks: 2, max_tokens: 2000, coupling: false}
-predictors: [measured]
+predictors: [measured, canary_margin, canary_kl, gradient_norm]
 """
 
 
@@ -56,9 +56,10 @@ def test_the_plans_own_draw_is_judged_as_the_validation_judges_it(made: Any, don
     assert found["assessed"] == [0, 1, 2]
     assert found["coverage"] == summary["coverage"]
     for prompts in ("assessed", "held_out"):
-        for when in ("horizon", "end"):
+        for when in ("horizon", "end", "end_with_canary"):
             for key in ("margin_change", "safety_kl"):
                 told, seen = (each["size_error"][prompts][when][key]["errors"] for each in (found, summary))
+                assert len(told) == len(seen) == 2
                 assert told == pytest.approx(seen, rel=1e-9)
 
 
