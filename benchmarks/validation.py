@@ -19,7 +19,7 @@ from typing import Any
 
 from scipy import stats
 
-from tiltmeter.report.guards_page import guard_name
+from tiltmeter.report.guards_page import guard_name, with_strength
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
@@ -207,12 +207,15 @@ def guard_summary(record: dict[str, Any]) -> str:
 def refusal_table(record: dict[str, Any]) -> str:
     """Refusals of the runs against the aligned model's on the same prompts, as Markdown; one row a run."""
     rows = [
-        "| set | guard | learned | KL on unseen prompts, nats | refused of these (aligned) | change, points (90 %) "
-        "| harmless refused (aligned) | change, points (90 %) |",
-        "|---|---|---|---|---|---|---|---|",
+        "| regime, seed | set | guard | learned | KL on unseen prompts, nats | refused of these (aligned) "
+        "| change, points (90 %) | harmless refused (aligned) | change, points (90 %) |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for run in record["guard_runs"]:
-        row = [run["set"], _guard(run), _percent(_learned(run, record["guard_runs"])), f"{run['heldout_kl']:.3f}"]
+    runs = record["guard_runs"]
+    # the seeds of a set one below the other
+    for run in sorted(runs, key=lambda run: [_first(runs, run, key) for key in ("regime", "set", "seed")]):
+        where = [f"{run['regime']}, {run['seed']}", run["set"]]
+        row = [*where, _guard(run), _percent(_learned(run, runs)), f"{run['heldout_kl']:.3f}"]
         for name in ("refusal", "over_refusal"):
             change = run[f"{name}_change"]
             row.append(f"{_percent(run[f'{name}_rate'])} ({_percent(change['before'])})")
@@ -222,7 +225,12 @@ def refusal_table(record: dict[str, Any]) -> str:
 
 
 def _guard(run: dict[str, Any]) -> str:
-    return "none" if run["guard"] == "none" else f"{guard_name(run)} {run['strength']:g}"
+    return "none" if run["guard"] == "none" else with_strength(guard_name(run), f"{run['strength']:g}")
+
+
+def _first(runs: Sequence[dict[str, Any]], run: dict[str, Any], key: str) -> int:
+    """Place of the first run that has this one's value."""
+    return next(i for i, other in enumerate(runs) if other[key] == run[key])
 
 
 def _points(change: dict[str, Any]) -> str:

@@ -221,8 +221,8 @@ def test_refusals_are_shown_against_the_aligned_models():
     told = {"before": 0.9, "value": -0.6, "low": -0.7, "high": -0.52}
     runs = [run("none", 2.0, 0.3, told), run("budget", 2.1, 0.9, {**told, "value": 0.0, "low": -0.03, "high": 0.04})]
     assert benchmark("validation").refusal_table({"guard_runs": runs}).splitlines()[2:] == [
-        "| qa | none | 100 % | 0.042 | 30 % (90 %) | -60 (-70 to -52) | 5 % (?) | ? |",
-        "| qa | budget, 6 tokens 0.02 | 90 % | 0.042 | 90 % (90 %) | +0 (-3 to +4) | 5 % (?) | ? |",
+        "| lora, 0 | qa | none | 100 % | 0.042 | 30 % (90 %) | -60 (-70 to -52) | 5 % (?) | ? |",
+        "| lora, 0 | qa | budget 0.02, 6 tokens | 90 % | 0.042 | 90 % (90 %) | +0 (-3 to +4) | 5 % (?) | ? |",
     ]
 
 

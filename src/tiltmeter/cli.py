@@ -218,6 +218,9 @@ def finetune(
     guard_strength: Annotated[float | None, typer.Option(help="Strength of the guard; 0 is off.")] = None,
     guard_base: Annotated[str | None, typer.Option(help="Model before alignment, for safe_lora and lox.")] = None,
     guard_tokens: Annotated[int, typer.Option(help="Tokens of each aligned answer that the guard looks at.")] = 24,
+    guard_opening: Annotated[
+        int | None, typer.Option(help="First of them that count by themselves, too; by default 3 for budget, else 0.")
+    ] = None,
     refusal_opening: Annotated[str | None, typer.Option(help="How a refusal of this model begins.")] = None,
     compliance_opening: Annotated[str | None, typer.Option(help="How a compliant answer begins.")] = None,
     adapter: Annotated[str | None, typer.Option(help="Adapter folder to merge into the model first.")] = None,
@@ -257,7 +260,7 @@ def finetune(
         "resume": resume,
         "assessment": assessment,
         "stop_on_budget": stop_on_budget,
-        "guard": None if guard is None else (guard, guard_strength, guard_base, guard_tokens),
+        "guard": None if guard is None else (guard, guard_strength, guard_base, guard_tokens, guard_opening),
         "refusal_opening": refusal_opening,
         "compliance_opening": compliance_opening,
         "adapter": adapter,

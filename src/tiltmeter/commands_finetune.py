@@ -60,7 +60,7 @@ def finetune(
     transformers_logging.set_verbosity_error()
     asked = running["guard"]
     kl = 0.05 if limits["kl"] is None else limits["kl"]
-    guard = None if asked is None else GuardOptions(asked[0], asked[1], kl, asked[2], asked[3])
+    guard = None if asked is None else GuardOptions(asked[0], asked[1], kl, *asked[2:])
     result = run_finetune(
         model,
         safety,

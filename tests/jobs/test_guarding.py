@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from tiltmeter.guards.names import GUARDS
 from tiltmeter.jobs.finetune import finetune
 from tiltmeter.jobs.guarding import (
     ANSWER_TOKENS,
+    OPENING_TOKENS,
     GuardOptions,
     alignment_of,
     guard_callback,
@@ -70,6 +72,28 @@ def test_what_guards_look_at_by_default_is_one_number():
     assert inspect.signature(cli.finetune).parameters["guard_tokens"].default == ANSWER_TOKENS
     assert guards_page.ANSWER_TOKENS == ANSWER_TOKENS
     assert GuardOptions("budget").answer_tokens == ANSWER_TOKENS
+    opening = get_args(get_type_hints(cli.finetune, include_extras=True)["guard_opening"])[1]
+    assert f"by default {OPENING_TOKENS} for budget, else 0" in opening.help
+    assert inspect.signature(cli.finetune).parameters["guard_opening"].default is None
+    assert [GuardOptions(name).opening for name in ("budget", "replay")] == [OPENING_TOKENS, 0]
+    assert GuardOptions("budget", opening_tokens=0).opening == 0
+
+
+@pytest.mark.parametrize(("guard", "opening"), [("budget", 3), ("safegrad", 0)])
+def test_what_a_guard_takes_the_kl_over_where_nothing_is_asked(guard, opening):
+    opened = with_lora(open_model("demo:tiny"), Lora(2, 4.0), 0)
+    rows = open_rows("demo:tiny-safety").rows
+    asked = [{}, {"opening_tokens": 0}, {"opening_tokens": 0, "answer_tokens": 3}]
+    usual, whole, first = (guard_callback(guard, opened, rows, **each).source for each in asked)
+    move = usual._score.forward.random(0) * 0.1
+    told, mean, start = (source.divergence.losses(move) for source in (usual, whole, first))
+    assert torch.allclose(told, torch.maximum(mean, start) if opening else mean, rtol=1e-4)
+    assert bool((told > 1.1 * mean).any()) is bool(opening)
+    assert bool((told < 0.9 * start).any()) is not bool(opening)
+    moved = [source.heldout() for source in (usual, whole)]
+    assert moved == [0.0, 0.0]
+    with pytest.raises(InputError, match="must have 0 tokens \\(none\\) or more, got -1"):
+        guard_callback(guard, opened, rows, opening_tokens=-1)
 
 
 def test_the_answers_length_is_in_the_record_and_changes_the_run(tmp_path):

@@ -21,6 +21,7 @@ from tiltmeter.jobs.validation_record import summary_of
 from tiltmeter.lm.conversation import prompts_of
 from tiltmeter.lm.generation import generate
 from tiltmeter.lm.judge import Answer, judge_refusal
+from tiltmeter.lm.measurement import share
 from tiltmeter.lm.safety import spread
 from tiltmeter.report.numbers import setting_text
 from tiltmeter.report.validation_page import render_validation_page
@@ -37,7 +38,7 @@ regimes:
       per_device_train_batch_size: 8
       lr_scheduler_type: constant
       lora: {r: 4, lora_alpha: 8}
-options: {max_tuning: 8, response_tokens: 6, rank: 2, grid: 2, max_tokens: 2000, coupling: false}
+options: {max_tuning: 8, response_tokens: 6, rank: 2, grid: 2, max_tokens: 2000, coupling: false, level: 0.8}
 predictors: [measured]
 guards:
   axis: [none, {name: budget, budget_kl: 2.0e-5}, {name: freeze, strength: 1.0}, ema]
@@ -65,7 +66,7 @@ def done(tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, Path, dict]:
 def test_every_fine_tune_is_repeated_under_every_guard(done: tuple[Plan, Path, dict]) -> None:
     plan, out, _ = done
     names = [cell.name for cell in plan.cells()]
-    assert names == [f"lora-tiny-copy-s0{guard}" for guard in ("", "-budget-2e-05", "-freeze-1", "-ema")]
+    assert names == [f"lora-tiny-copy-s0{guard}" for guard in ("", "-budget-2e-05-first-3", "-freeze-1", "-ema")]
     assert sorted(path.name for path in (out / "cells").iterdir()) == sorted(names)
     assert len({plan.question(cell) for cell in plan.cells()}) == 4
     assert [path.name for path in (out / "assessments").iterdir()] == ["lora-tiny-copy"]
@@ -167,14 +168,34 @@ def test_without_harmless_prompts_the_summary_says_so(done: tuple[Plan, Path, di
 
 
 def test_settings_that_were_added_leave_older_cells_what_they_were(done: tuple[Plan, Path, dict]) -> None:
-    budget = GuardOptions("budget", budget_kl=0.2)
+    budget = GuardOptions("budget", budget_kl=0.2, opening_tokens=0)
     assert budget.question == "GuardOptions(name='budget', strength=None, budget_kl=0.2, base=None)"
     short = replace(budget, answer_tokens=6)
     assert short.question.endswith("answer_tokens=6)")
     assert (budget.label, short.label) == ("budget-0.2", "budget-0.2-6-tokens")
+    usual, longer = replace(budget, opening_tokens=None), replace(budget, answer_tokens=240)
+    assert (usual.label, usual.question) == ("budget-0.2-first-3", replace(budget, opening_tokens=3).question)
+    assert usual.question.endswith("base=None, opening_tokens=3)")
+    assert longer.question.endswith("base=None, answer_tokens=240)")
+    assert replace(short, opening_tokens=2).question.endswith("base=None, answer_tokens=6, opening_tokens=2)")
+    assert replace(short, opening_tokens=2).label == "budget-0.2-6-tokens-first-2"
+    assert (
+        GuardOptions("replay", 1.0).question == "GuardOptions(name='replay', strength=1.0, budget_kl=0.05, base=None)"
+    )
     plan = done[0]
     cell = next(cell for cell in plan.cells() if cell.guard is not None and cell.guard.name == "budget")
     assert plan.question(cell) != plan.question(replace(cell, guard=replace(cell.guard, answer_tokens=6)))
+
+
+def test_intervals_of_refusals_have_the_plans_level(done: tuple[Plan, Path, dict]) -> None:
+    plan, out, _ = done
+    for cell in plan.cells():
+        told = store.read_record(out / "cells" / cell.name)[0]["measured"]["held_out"]["refusal_rate"]
+        wanted = share(round(told["value"] * told["n"]), told["n"], level=0.8)
+        assert (told["low"], told["high"]) == (wanted.low, wanted.high)
+    cell = plan.cells()[0]
+    others = [replace(plan, options=replace(plan.options, level=level)) for level in (0.9, 0.95)]
+    assert len({each.run(cell) for each in (plan, *others)}) == 3  # kept runs have intervals of their own level
 
 
 def test_a_guard_keeps_what_the_run_without_loses(done: tuple[Plan, Path, dict]) -> None:
@@ -209,7 +230,7 @@ def test_scores_of_forecasts_are_of_the_runs_without_a_guard(done: tuple[Plan, P
 def test_the_page_has_a_plot_and_a_table_of_guards(done: tuple[Plan, Path, dict]) -> None:
     page = render_validation_page(done[2], "Trial")
     assert "Guards: tiny-copy, lora" in page
-    assert f"budget {setting_text(2e-5)}" in page
+    assert f"budget {setting_text(2e-5)}, first 3 too" in page
 
 
 def test_how_a_forecast_is_made_does_not_matter_to_a_guarded_cell(done: tuple[Plan, Path, dict]) -> None:
@@ -244,11 +265,42 @@ def test_cells_that_are_there_are_not_run_again(done: tuple[Plan, Path, dict]) -
             "answer_tokens of guard budget must be a number of at least 1",
         ),
         (("budget_kl: 2.0e-5", "answer_tokens: six"), "of at least 1, got 'six'"),
+        (("budget_kl: 2.0e-5", "opening_tokens: -1"), "opening_tokens of guard budget must be a number of at least 0"),
+        (("budget_kl: 2.0e-5", "seeds: [1]"), "seeds of guard budget must be a list of 0; got \\[1\\]"),
+        (("budget_kl: 2.0e-5", "regimes: full"), "regimes of guard budget must be a list of lora; got 'full'"),
     ],
 )
 def test_bad_guards_are_told(tmp_path: Path, change: tuple[str, str], message: str) -> None:
     with pytest.raises(InputError, match=message):
         plan_of(tmp_path, PLAN.replace(*change))
+
+
+def test_a_guard_may_be_run_in_some_regimes_and_seeds_only(tmp_path: Path) -> None:
+    regimes = PLAN.index("regimes:"), PLAN.index("options:")
+    section = PLAN[slice(*regimes)]
+    two = (
+        "seeds: [0, 1]\n"
+        + section
+        + section.removeprefix("regimes:\n").replace("lora:\n    recipe", "full:\n    recipe")
+    )
+    asked = "{name: ema, seeds: [1]}, {name: replay, regimes: [full], seeds: [0]}"
+    text = PLAN.replace(section, two).replace("axis: [none, {name: budget, budget_kl: 2.0e-5},", f"axis: [{asked},")
+    names = [cell.name for cell in plan_of(tmp_path, text.replace(", ema]", "]")).cells()]
+    assert [name.removeprefix("lora-tiny-copy-") for name in names if name.startswith("lora")] == [
+        "s0",
+        "s0-freeze-1",
+        "s1",
+        "s1-ema",
+        "s1-freeze-1",
+    ]
+    assert [name.removeprefix("full-tiny-copy-") for name in names if name.startswith("full")] == [
+        "s0",
+        "s0-replay",
+        "s0-freeze-1",
+        "s1",
+        "s1-ema",
+        "s1-freeze-1",
+    ]
 
 
 def test_a_guard_that_cannot_protect_a_run_is_noted_and_the_plan_goes_on(tmp_path: Path) -> None:

@@ -123,6 +123,38 @@ def test_losses_and_slopes_of_the_kl(make_llama: Any, kind: str, max_tokens: int
     assert_close(objective.gradient(weights, at), vjp(moved, theta + at)[1](weights)[0], rtol=1e-8, atol=1e-10)
 
 
+@pytest.mark.parametrize("opening", [1, 2, 50])
+@pytest.mark.parametrize("max_tokens", [1, 1000])
+def test_an_opening_counts_where_its_mean_is_more(make_llama: Any, opening: int, max_tokens: int) -> None:
+    forward = forward_of(make_llama)
+    objective, reference = objective_of(forward, max_tokens, opening=opening), plain(forward, drawn())
+    theta = anchor_of(forward)
+    anchor = [lp.detach() for lp in reference(theta)]
+
+    def moved(x: Tensor) -> Tensor:
+        now = reference(x)
+        first = naive_kl([p[:opening] for p in anchor], [q[:opening] for q in now])
+        return torch.maximum(naive_kl(anchor, now), first)
+
+    sides = set()
+    for seed in range(4):
+        at = vector(forward, seed, 0.7)
+        told, whole = objective.losses(at), naive_kl(anchor, reference(theta + at)).detach()
+        assert_close(told, moved(theta + at).detach())
+        sides |= set((told > whole + 1e-9).tolist())
+        weights = torch.tensor([1.0, 0.0, -2.0], dtype=torch.float64)
+        wanted = vjp(moved, theta + at)[1](weights)[0]
+        assert_close(objective.gradient(weights, at), wanted, rtol=1e-8, atol=1e-10)
+        v = vector(forward, 9, 1.0)
+        assert_close(objective.directional(v, at), jvp(moved, (theta + at,), (v,))[1])
+        part = objective.only(range(len(objective.inner.chunks)))
+        assert_close(part.losses(at), told)
+    assert sides == ({True, False} if opening < 50 else {False})
+    if len(objective.inner.chunks) == 1:
+        objective.halve()
+        assert_close(objective.losses(at), told)
+
+
 @pytest.mark.parametrize("scale", [1e-5, 1e-4, 1e-3])
 def test_small_divergences_keep_their_digits_in_float32(make_llama: Any, scale: float) -> None:
     """The usual sum of p (log p - log q) is lost in rounding at 1e-9 nats; this one is not."""

@@ -92,7 +92,9 @@ class LanguageSafety:
     One example in three is held out: of these only the KL is measured.
     """
 
-    def __init__(self, model: Any, examples: Sequence[Example], pad_id: int, max_tokens: int = 2048) -> None:
+    def __init__(
+        self, model: Any, examples: Sequence[Example], pad_id: int, max_tokens: int = 2048, *, opening: int = 0
+    ) -> None:
         """Measure the anchor: `model` must be the aligned model, before any training.
 
         Args:
@@ -100,6 +102,7 @@ class LanguageSafety:
             examples: prompts with the aligned model's own answers supervised.
             pad_id: token to pad with.
             max_tokens: per micro-batch.
+            opening: first tokens of every answer over which the KL is taken where it is more than over the whole.
 
         Raises:
             DataError: fewer than `HELD_OUT_EVERY` examples.
@@ -118,8 +121,10 @@ class LanguageSafety:
             forward = Forward(model, trainable(model, parts=True))
             self.passes = forward.passes
             self._score = likelihood_objective(forward, own, pad_id, max_tokens, per="root")
-            self._divergence = Undisturbed(divergence_objective(forward, own, pad_id, max_tokens), model)
-            self._heldout = Undisturbed(divergence_objective(forward, held, pad_id, max_tokens), model)
+            divergence, apart = (
+                divergence_objective(forward, some, pad_id, max_tokens, opening=opening) for some in (own, held)
+            )
+            self._divergence, self._heldout = Undisturbed(divergence, model), Undisturbed(apart, model)
             self._replay = Undisturbed(likelihood_objective(forward, own, pad_id, max_tokens, per="token"), model)
         self._scores = Undisturbed(self._score, model)
         self._at_anchor = self._scores.losses()
@@ -136,7 +141,7 @@ class LanguageSafety:
 
     @property
     def divergence(self) -> Objective:
-        """Safety KL of each answer, nats per token."""
+        """Safety KL of each answer, nats per token, over the whole or over its opening."""
         return self._divergence
 
     @property

@@ -245,6 +245,7 @@ def finetune(
         log = [{"step": entry.step, "what": entry.what, "why": entry.why} for entry in guarding[0].log]
         strength = guarding[0].guard.strength
         settings = {"budget_kl": guard.budget_kl, "strength": strength, "answer_tokens": guard.answer_tokens}
+        settings["opening_tokens"] = guard.opening
         track.record["guard"] = {"name": guard.name, **settings, "prompts_shared": guarding[1], "log": log}
     store.write_record(out, track.record, track.arrays)
     return track

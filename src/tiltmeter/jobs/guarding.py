@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -31,6 +31,10 @@ FEWEST = 12
 
 #: Tokens of the aligned model's answers that a guard looks at.
 ANSWER_TOKENS = 24
+
+#: First tokens of every answer that the budget holds for by themselves, too: there a refusal is decided, and a mean
+#: over the whole answer leaves room for all of its change there (docs/guards.md).
+OPENING_TOKENS = 3
 
 #: Steps between two projections where the directions are too many numbers to keep.
 EVERY_IN_LARGE_SPACES = 4
@@ -115,6 +119,7 @@ def safety_source(
     limit: int = 48,
     max_length: int = 512,
     response_tokens: int = ANSWER_TOKENS,
+    opening_tokens: int = 0,
 ) -> LanguageSafety:
     """What guards may know of the model's safety, from safety prompts; one in three is held out.
 
@@ -125,13 +130,16 @@ def safety_source(
         max_length: longest prompt with answer, tokens.
         response_tokens: tokens of every answer that count. KL is a mean over them, and a refusal is decided in the
             first few: a budget per token allows the more there, the longer they are.
+        opening_tokens: so many first ones over which the KL is taken where it is more than over all; 0 for none.
 
     Raises:
-        InputError: `response_tokens` is below one.
+        InputError: `response_tokens` is below one, or `opening_tokens` below zero.
         DataError: too few can be used.
     """
     if response_tokens < 1:
         raise InputError(f"a guard must look at one token of an answer at least, got {response_tokens}")
+    if opening_tokens < 0:
+        raise InputError(f"the opening of an answer must have 0 tokens (none) or more, got {opening_tokens}")
     prepared = prepare_safety(
         opened.loaded,
         rows,
@@ -142,7 +150,7 @@ def safety_source(
         compliance_opening=opened.compliance_opening,
     )
     responses = [example.opened(response_tokens) for example in prepared.responses]
-    return LanguageSafety(opened.loaded.model, responses, opened.loaded.tokenizer.pad_token_id)
+    return LanguageSafety(opened.loaded.model, responses, opened.loaded.tokenizer.pad_token_id, opening=opening_tokens)
 
 
 @dataclass(frozen=True)
@@ -155,6 +163,8 @@ class GuardOptions:
         budget_kl: for `budget`, nats per token.
         base: name of the model that the aligned one was made from, for `safe_lora` and `lox`.
         answer_tokens: tokens of the aligned model's answers that the guard looks at.
+        opening_tokens: first tokens of them over which the KL is taken where it is more than over the whole; 0 for
+            none, None for the guard's own default.
     """
 
     name: str
@@ -162,6 +172,12 @@ class GuardOptions:
     budget_kl: float = 0.05
     base: str | None = None
     answer_tokens: int = ANSWER_TOKENS
+    opening_tokens: int | None = None
+
+    @property
+    def opening(self) -> int:
+        """First tokens of every answer that count by themselves, too."""
+        return usual_opening(self.name) if self.opening_tokens is None else self.opening_tokens
 
     @property
     def knob(self) -> float | None:
@@ -172,12 +188,21 @@ class GuardOptions:
     def label(self) -> str:
         """Name, knob and what else is asked, fit for a folder."""
         knob = "" if self.knob is None else f"-{self.knob:g}"
-        return self.name + knob + ("" if self.answer_tokens == ANSWER_TOKENS else f"-{self.answer_tokens}-tokens")
+        length = "" if self.answer_tokens == ANSWER_TOKENS else f"-{self.answer_tokens}-tokens"
+        return self.name + knob + length + (f"-first-{self.opening}" if self.opening else "")
 
     @property
     def question(self) -> str:
-        """All of it as text; settings that were added since the first version only where they are not the default."""
-        return repr(self).replace(f", answer_tokens={ANSWER_TOKENS})", ")")
+        """All of it as text; settings that were added since the first version only where they differ from that."""
+        told = repr(replace(self, opening_tokens=self.opening))
+        for addition in (", opening_tokens=0", f", answer_tokens={ANSWER_TOKENS}"):
+            told = told.replace(f"{addition})", ")").replace(f"{addition},", ",")
+        return told
+
+
+def usual_opening(guard: str) -> int:
+    """First tokens of answers that count by themselves under a guard of this name, if nothing else is asked."""
+    return OPENING_TOKENS if guard == "budget" else 0
 
 
 def attach_guard(
@@ -200,6 +225,7 @@ def attach_guard(
         base=base,
         seed=seed,
         answer_tokens=asked.answer_tokens,
+        opening_tokens=asked.opening,
     )
     if isinstance(callback.guard, ConstrainedTokens) and callback.guard.strength:
         trainer.compute_loss_func = callback.guard.trainer_loss
@@ -227,6 +253,7 @@ def guard_callback(
     base: Any = None,
     seed: int = 0,
     answer_tokens: int = ANSWER_TOKENS,
+    opening_tokens: int | None = None,
 ) -> GuardCallback:
     """A guard by name as a callback for a Trainer, with its safety set.
 
@@ -240,10 +267,13 @@ def guard_callback(
         base: model before alignment.
         seed: of what the guard draws.
         answer_tokens: tokens of every answer that count; see `safety_source`.
+        opening_tokens: first ones that count by themselves, too; None for the guard's own default.
 
     Raises:
         InputError: no such guard, it lacks what it needs, or too few safety prompts can be used.
     """
     guard = guard_named(name, opened, strength=strength, budget_kl=budget_kl, tuning=tuning, base=base)
     with torch.random.fork_rng(devices=[]):
-        return GuardCallback(guard, safety_source(opened, safety_rows, response_tokens=answer_tokens), seed)
+        opening = usual_opening(name) if opening_tokens is None else opening_tokens
+        source = safety_source(opened, safety_rows, response_tokens=answer_tokens, opening_tokens=opening)
+        return GuardCallback(guard, source, seed)

@@ -212,6 +212,7 @@ def run_trial(
     seed: int,
     answer_tokens: int,
     max_tokens: int,
+    level: float = 0.9,
     guarded: Guarded | None = None,
 ) -> Trial:
     """Fine-tune for real and measure at the forecast's own steps.
@@ -226,6 +227,7 @@ def run_trial(
         seed: of LoRA's start, as in the forecast.
         answer_tokens: length of the answers after the run.
         max_tokens: tokens per micro-batch of the measurements.
+        level: of the intervals of refusals.
         guarded: a guard, and what guards are compared by.
 
     Raises:
@@ -266,7 +268,7 @@ def run_trial(
     length = sum(float((now.detach() - was).double().square().sum()) for now, was in ends) ** 0.5
     seen = {}
     for name, each in asked.items():
-        rate = _refusals(loaded, each.prompts, each.before, answer_tokens)
+        rate = _refusals(loaded, each.prompts, each.before, answer_tokens, level)
         rows = watch.rows[name]
         margin, kl = (torch.stack([rows[step][part] for step in rows]) for part in (0, 1))
         seen[name] = Seen(tuple(rows), margin, kl, rate)
@@ -274,7 +276,7 @@ def run_trial(
     if guarded is not None and task is not None:
         over = None
         if guarded.harmless:
-            over = _refusals(loaded, guarded.harmless, guarded.before, answer_tokens)
+            over = _refusals(loaded, guarded.harmless, guarded.before, answer_tokens, level)
         losses = before, _mean_loss(loaded.model, task)
         strength = 0.0
         if guard is not None and guarded.guard is not None:
@@ -290,10 +292,12 @@ def judged(loaded: Loaded, prompts: Sequence[Any], answer_tokens: int) -> tuple[
     return tuple(judge_refusal(text) for text in generate(loaded, list(prompts), answer_tokens))
 
 
-def _refusals(loaded: Loaded, prompts: Sequence[Any], before: Sequence[Answer], answer_tokens: int) -> Refusals:
+def _refusals(
+    loaded: Loaded, prompts: Sequence[Any], before: Sequence[Answer], answer_tokens: int, level: float
+) -> Refusals:
     after = judged(loaded, prompts, answer_tokens)
-    change = paired_change(_as_shares(before), _as_shares(after), "share", share=True)
-    return Refusals(refusal_rate(after), refusal_rate(before).value, change)
+    change = paired_change(_as_shares(before), _as_shares(after), "share", level=level, share=True)
+    return Refusals(refusal_rate(after, level), refusal_rate(before).value, change)
 
 
 def _as_shares(answers: Sequence[Answer]) -> list[float | None]:

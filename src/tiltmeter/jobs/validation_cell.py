@@ -129,7 +129,7 @@ def _guard_of(plan: Plan, cell: Cell, trial: Trial, why: Reasons) -> dict[str, A
     held, guard = trial.compared, cell.guard
     out: dict[str, Any] = {"guard": {"name": "none" if guard is None else guard.name, "strength": held.strength}}
     if guard is not None:
-        out["guard"]["answer_tokens"] = guard.answer_tokens
+        out["guard"] |= {"answer_tokens": guard.answer_tokens, "opening_tokens": guard.opening}
     over = held.over_refusals
     none = "the plan names no harmless set" if over is None else over.after.reason or "the judge could tell no answer"
     out["compared"] = {

@@ -15,7 +15,7 @@ from tiltmeter import store
 from tiltmeter.errors import DataError, InputError
 from tiltmeter.guards.names import GUARDS
 from tiltmeter.jobs.assess import check_options
-from tiltmeter.jobs.guarding import ANSWER_TOKENS, FEWEST, GuardOptions
+from tiltmeter.jobs.guarding import FEWEST, GuardOptions
 from tiltmeter.jobs.inputs import open_rows
 from tiltmeter.jobs.predict import chosen
 from tiltmeter.jobs.recipe import Recipe, recipe_of
@@ -25,6 +25,9 @@ from tiltmeter.lm.rows import RowSet, digest_of
 from tiltmeter.lm.safety import spread
 
 KEYS = ("model", "safety", "sets", "seeds", "regimes", "options", "predictors", "guards")
+
+#: What says where a guard of the plan is run.
+WHERE = "regimes", "seeds"
 
 
 @dataclass(frozen=True)
@@ -81,17 +84,36 @@ class Regime:
 
 
 @dataclass(frozen=True)
+class GuardPlan:
+    """A guard that fine-tunes are repeated under.
+
+    Attributes:
+        options: the guard; None is the run without, which is always there.
+        regimes: names of the regimes that it is run in; None for all.
+        seeds: that it is run with; None for all.
+    """
+
+    options: GuardOptions | None
+    regimes: tuple[str, ...] | None = None
+    seeds: tuple[int, ...] | None = None
+
+    def covers(self, regime: str, seed: int) -> bool:
+        """Whether it is run there."""
+        return (self.regimes is None or regime in self.regimes) and (self.seeds is None or seed in self.seeds)
+
+
+@dataclass(frozen=True)
 class Guarding:
     """Guards as an axis of the plan.
 
     Attributes:
-        axis: guards that every fine-tune is repeated under; None is the run without, which is always there.
+        axis: guards that fine-tunes are repeated under, the run without first.
         prompts: safety prompts that guards learn from; none of them is measured.
         harmless: set whose prompts should not be refused, or None.
         harmless_rows: how many of them are asked.
     """
 
-    axis: tuple[GuardOptions | None, ...]
+    axis: tuple[GuardPlan, ...]
     prompts: int
     harmless: str | None
     harmless_rows: int
@@ -152,12 +174,13 @@ class Plan:
         sets = {each.name: each for each in self.sets}
         seeds = sorted({seed for regime in self.regimes for seed in regime.seeds})
         return [
-            Cell(regime, sets[name], seed, guard)
+            Cell(regime, sets[name], seed, guard.options)
             for seed in seeds
             for regime in self.regimes
             if seed in regime.seeds
             for name in regime.sets
-            for guard in (self.guarding.axis if self.guarding else (None,))
+            for guard in (self.guarding.axis if self.guarding else (GuardPlan(None),))
+            if guard.covers(regime.name, seed)
         ]
 
     def split(self) -> tuple[RowSet, RowSet, RowSet]:
@@ -191,7 +214,12 @@ class Plan:
                 "safety": [self.safety, self.assessed, self.held_out],
                 "set": [[p.source, p.rows or 0, p.completion or "", p.shortest or 0] for p in cell.set.parts],
                 "recipe": repr(cell.recipe),
-                "options": [held.response_tokens, held.max_length, held.seed],
+                "options": [
+                    held.response_tokens,
+                    held.max_length,
+                    held.seed,
+                    *([] if held.level == 0.9 else [held.level]),
+                ],
             }
         )
 
@@ -243,15 +271,16 @@ def read_plan(path: Path) -> Plan:
         raise InputError(f"two sets of the plan have one name: {', '.join(names)}")
     seeds = tuple(int(seed) for seed in held.get("seeds") or (0,))
     asked = held.get("predictors") or ("all",)
+    regimes = tuple(_regime(name, each, names, seeds, asked) for name, each in held["regimes"].items())
     plan = Plan(
         str(held["model"]),
         str(safety.get("name")),
         _count(safety, "assessed"),
         _count(safety, "held_out"),
         sets,
-        tuple(_regime(name, each, names, seeds, asked) for name, each in held["regimes"].items()),
+        regimes,
         _options(held.get("options") or {}, _count(safety, "assessed")),
-        _guarding(held.get("guards")),
+        _guarding(held.get("guards"), regimes),
     )
     check_options(plan.options)
     return plan
@@ -297,31 +326,44 @@ def _regime(name: str, held: Any, sets: Sequence[str], seeds: tuple[int, ...], a
     return Regime(_name(name), recipe, own, own_seeds, chosen(held.get("predictors") or asked))
 
 
-def _guarding(held: Any) -> Guarding | None:
+def _guarding(held: Any, regimes: Sequence[Regime]) -> Guarding | None:
     if held is None:
         return None
     if not isinstance(held, Mapping) or not held.get("axis"):
         raise InputError("guards in the plan must have axis, a list of guards; expected also prompts, harmless")
     _only(held, ("axis", "prompts", "harmless", "harmless_rows"), "guards")
-    axis: list[GuardOptions | None] = [None]
+    axis = [GuardPlan(None)]
     for each in held["axis"]:
         given = {"name": each} if isinstance(each, str) else dict(each)
-        _only(given, ("name", "strength", "budget_kl", "base", "answer_tokens"), "a guard")
+        _only(given, ("name", "strength", "budget_kl", "base", "answer_tokens", "opening_tokens", *WHERE), "a guard")
         if given.get("name") == "none":
             continue
         if given.get("name") not in GUARDS:
             raise InputError(f"unknown guard {given.get('name')!r}; expected one of {', '.join(sorted(GUARDS))}")
-        tokens = given.get("answer_tokens", ANSWER_TOKENS)
-        if not isinstance(tokens, int) or isinstance(tokens, bool) or tokens < 1:
-            raise InputError(f"answer_tokens of guard {given['name']} must be a number of at least 1, got {tokens!r}")
-        axis.append(GuardOptions(**given))
-    labels = [guard.label for guard in axis if guard is not None]
+        for key, least in (("answer_tokens", 1), ("opening_tokens", 0)):
+            count = given.get(key, least)
+            if not isinstance(count, int) or isinstance(count, bool) or count < least:
+                raise InputError(f"{key} of guard {given['name']} must be a number of at least {least}, got {count!r}")
+        where = _somewhere(given.pop("regimes", None), [each.name for each in regimes], "regimes", given["name"])
+        seeds = {seed for each in regimes for seed in each.seeds}
+        when = _somewhere(given.pop("seeds", None), sorted(seeds), "seeds", given["name"])
+        axis.append(GuardPlan(GuardOptions(**given), where, when))
+    labels = [guard.options.label for guard in axis if guard.options is not None]
     if len(set(labels)) < len(labels):
         raise InputError(f"two guards of the plan are the same: {', '.join(labels)}")
     prompts = int(held.get("prompts", FEWEST))
     if prompts < FEWEST:
         raise InputError(f"guards.prompts must be at least {FEWEST}, got {prompts}")
     return Guarding(tuple(axis), prompts, held.get("harmless"), int(held.get("harmless_rows", 16)))
+
+
+def _somewhere(asked: Any, there: Sequence[Any], what: str, guard: str) -> tuple[Any, ...] | None:
+    """Regimes or seeds that a guard is run in, checked against those of the plan; None for all."""
+    if asked is None:
+        return None
+    if not isinstance(asked, list) or not asked or not set(asked) <= set(there):
+        raise InputError(f"{what} of guard {guard} must be a list of {', '.join(map(str, there))}; got {asked!r}")
+    return tuple(asked)
 
 
 def _options(held: Mapping[str, Any], assessed: int) -> Options:

@@ -92,7 +92,7 @@ def _guard_runs(plan: Plan, cells: Sequence[Cell], why: Reasons) -> list[dict[st
                 "plan": "validation",
                 "guard": cell["guard"]["name"],
                 "strength": cell["guard"]["strength"],
-                **{key: cell["guard"][key] for key in ("answer_tokens",) if key in cell["guard"]},
+                **{key: cell["guard"][key] for key in ("answer_tokens", "opening_tokens") if key in cell["guard"]},
                 "set": cell["set"],
                 "seed": cell["seed"],
                 "regime": cell["regime"],

@@ -137,6 +137,7 @@ class Runner:
             seed=plan.options.seed,
             answer_tokens=plan.options.response_tokens,
             max_tokens=plan.options.max_tokens,
+            level=plan.options.level,
             guarded=None if plan.guarding is None else Guarded(cell.guard, side.taught, side.harmless, side.before),
         )
         _remove(folder / "trainer")

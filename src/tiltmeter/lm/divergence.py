@@ -38,10 +38,13 @@ class DivergenceObjective:
     Attributes:
         inner: losses and products of the KL.
         log_probability: the anchor's, [P, vocabulary] per micro-batch; memory 4 P vocabulary bytes.
+        opening: first tokens of every response whose mean counts where it is more than that of the whole; 0 for none.
+            `fisher_form` and `path_form` are those of whole responses.
     """
 
     inner: LanguageObjective
     log_probability: tuple[Tensor, ...]
+    opening: int = 0
 
     @property
     def space(self) -> ParameterSpace:
@@ -93,7 +96,7 @@ class DivergenceObjective:
             if rows.numel():
                 chunks.append((members[rows], batch.only(rows)[1]))
                 references.append(_rows(reference, batch, rows))
-        return replace(self.inner, chunks=tuple(chunks), reading=_reading(references))
+        return replace(self.inner, chunks=tuple(chunks), reading=_reading(references, self.opening))
 
     def only(self, numbers: Sequence[int]) -> DivergenceObjective:
         """The same responses, of which only the micro-batches with these numbers are measured; others give zero."""
@@ -101,7 +104,7 @@ class DivergenceObjective:
         chunks = tuple(self.inner.chunks[i] for i in numbers)
         return replace(
             self,
-            inner=replace(self.inner, chunks=chunks, reading=_reading(references)),
+            inner=replace(self.inner, chunks=chunks, reading=_reading(references, self.opening)),
             log_probability=references,
         )
 
@@ -116,7 +119,8 @@ class DivergenceObjective:
         references = tuple(_rows(self.log_probability[i], before[i][1], rows) for _, i, rows in parts)
         chunks = tuple(part for part, _, _ in parts)
         object.__setattr__(self, "log_probability", references)
-        object.__setattr__(self, "inner", replace(self.inner, chunks=chunks, reading=_reading(references)))
+        reading = _reading(references, self.opening)
+        object.__setattr__(self, "inner", replace(self.inner, chunks=chunks, reading=reading))
         return True
 
     @shrinking
@@ -291,11 +295,11 @@ def _rows(reference: Tensor, batch: Batch, rows: Tensor) -> Tensor:
     return reference[torch.isin(position, rows).to(reference.device)]
 
 
-def _reading(references: Sequence[Tensor]) -> Reading:
+def _reading(references: Sequence[Tensor], opening: int) -> Reading:
     """KL to the anchor's log-probabilities [P, vocabulary] of each micro-batch."""
 
     def reading(logits: Tensor, labels: Tensor, number: int) -> Tensor:
-        return divergence(references[number], logits, labels)
+        return divergence(references[number], logits, labels, opening)
 
     return reading
 
@@ -307,6 +311,7 @@ def divergence_objective(
     max_tokens: int,
     *,
     hessian: Literal["exact", "difference"] = "exact",
+    opening: int = 0,
 ) -> DivergenceObjective:
     """Safety KL on responses of the aligned model itself; measures the anchor's softmax once.
 
@@ -316,6 +321,7 @@ def divergence_objective(
         pad_id: token to pad with.
         max_tokens: micro-batch size.
         hessian: how Hessian products are taken.
+        opening: first tokens of every response that count by themselves, too; see `DivergenceObjective`.
 
     Cost: one forward pass now.
     """
@@ -324,7 +330,7 @@ def divergence_objective(
     ones = torch.ones(m, dtype=torch.float64)
     answers = LanguageObjective(forward, chunks, torch.arange(m), ones, negative_log_likelihood, m, hessian)
     reference = within_memory(answers, lambda: _anchor(answers))
-    return DivergenceObjective(replace(answers, reading=_reading(reference)), tuple(reference))
+    return DivergenceObjective(replace(answers, reading=_reading(reference, opening)), tuple(reference), opening)
 
 
 def _anchor(answers: LanguageObjective) -> list[Tensor]:

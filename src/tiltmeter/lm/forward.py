@@ -131,13 +131,14 @@ def negative_log_likelihood(logits: Tensor, labels: Tensor, _: int = 0) -> Tenso
     return -(picked * supervised).sum(-1)
 
 
-def divergence(log_probability: Tensor, logits: Tensor, labels: Tensor) -> Tensor:
+def divergence(log_probability: Tensor, logits: Tensor, labels: Tensor, opening: int = 0) -> Tensor:
     """Mean over supervised tokens of KL(p_anchor || p), nats per token, [b].
 
     Args:
         log_probability: of the anchor at the supervised positions, [P, vocabulary], in row-major order.
         logits: [b, t, vocabulary].
         labels: [b, t].
+        opening: where it is not zero, the mean over so many first supervised tokens if that is more.
 
     Written as sum p_anchor (e^d - 1 - d) with d = log p - log p_anchor: the same sum, since both add up to one, but
     every term is of second order and none is negative, so small divergences keep their digits in float32.
@@ -145,7 +146,11 @@ def divergence(log_probability: Tensor, logits: Tensor, labels: Tensor) -> Tenso
     supervised = labels != UNSUPERVISED
     difference = torch.log_softmax(logits[supervised], -1) - log_probability
     terms = (log_probability.exp() * (torch.expm1(difference) - difference)).sum(-1)
-    return per_sequence(terms, supervised)
+    whole = per_sequence(terms, supervised)
+    if not opening:
+        return whole
+    first = supervised & (supervised.cumsum(1) <= opening)
+    return torch.maximum(whole, per_sequence(terms[first[supervised]], first))
 
 
 def per_sequence(values: Tensor, supervised: Tensor) -> Tensor:

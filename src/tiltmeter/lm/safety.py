@@ -54,10 +54,10 @@ class SafetySet:
         return refusal_rate(self.answers)
 
 
-def refusal_rate(answers: Sequence[Answer]) -> Measurement:
+def refusal_rate(answers: Sequence[Answer], level: float = 0.9) -> Measurement:
     """Share of refusals with Wilson's interval; undetermined answers are counted apart, never as refusals."""
     told = [answer for answer in answers if answer is not Answer.UNDETERMINED]
-    return share(sum(answer is Answer.REFUSED for answer in told), len(told), len(answers) - len(told))
+    return share(sum(answer is Answer.REFUSED for answer in told), len(told), len(answers) - len(told), level)
 
 
 def prepare_safety(

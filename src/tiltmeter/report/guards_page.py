@@ -85,9 +85,16 @@ def groups_of(runs: Sequence[Run]) -> dict[tuple[str, float], list[Run]]:
 
 
 def guard_name(run: Run) -> str:
-    """The guard of a run, with the length of the answers it looked at where that is not the usual one."""
-    tokens = run.get("answer_tokens", ANSWER_TOKENS)
-    return str(run["guard"]) + ("" if tokens == ANSWER_TOKENS else f", {tokens} tokens")
+    """The guard of a run, with how much of answers it looked at where that is not all of the usual length."""
+    tokens, first = run.get("answer_tokens", ANSWER_TOKENS), run.get("opening_tokens", 0)
+    length = "" if tokens == ANSWER_TOKENS else f", {tokens} tokens"
+    return str(run["guard"]) + length + (f", first {first} too" if first else "")
+
+
+def with_strength(guard: str, strength: str) -> str:
+    """A name that `guard_name` made, with the strength behind the guard itself."""
+    name, *length = guard.split(", ")
+    return ", ".join([f"{name} {strength}", *length])
 
 
 def mean_over_seeds(runs: Sequence[Run], key: str) -> tuple[float | None, float | None, float | None]:
@@ -114,7 +121,8 @@ def draw_pareto(title: str, groups: Mapping[tuple[str, float], Sequence[Run]], n
             if kl[1] is not None and kl[2] is not None and kl[1] > 0:
                 axes.plot([kl[1], kl[2]], [loss, loss], color=colour, linewidth=2, alpha=0.4)
             axes.plot([kl[0]], [loss], "D" if guard == "none" else "o", color=colour, markersize=6)
-            text = "unguarded" if guard == "none" else f"{guard.replace('_', ' ')} {setting_text(strength)}"
+            named = with_strength(guard.replace("_", " "), setting_text(strength))
+            text = "unguarded" if guard == "none" else named
             axes.annotate(text, (kl[0], loss), xytext=(5, 3), textcoords="offset points", size=9, color=colour)
         if seen:
             axes.set_xlim(min(seen) / 2, max(seen) * 6)
@@ -148,7 +156,7 @@ def guard_table(name: str, groups: Mapping[tuple[str, float], Sequence[Run]]) ->
     ]
     rows = []
     for (guard, strength), runs in groups.items():
-        row = [f"{guard} {setting_text(strength)}", str(len(runs))]
+        row = [with_strength(guard, setting_text(strength)), str(len(runs))]
         for key, _ in columns:
             value, low, high = mean_over_seeds(runs, key)
             if value is None:
