@@ -44,15 +44,15 @@ check: lint types test
 bench: setup
 	$(BIN)/python benchmarks/performance.py
 
-# All guards on demo:tiny, minutes; the serious ones on the aligned model, about eight hours of one core. Finished runs are
-# kept, so it can be interrupted.
+# All guards on demo:tiny, minutes; the serious ones on the aligned model, about a dozen hours of one core. Finished runs
+# are kept, so it can be interrupted.
 guards: setup
 	$(BIN)/python benchmarks/guards.py
 	$(BIN)/tiltmeter validate benchmarks/plans/guards.yaml -o validation-guards-output
 	$(BIN)/python benchmarks/validation.py validation-guards-output validation-guards
-	$(BIN)/python benchmarks/guards.py --table
 	$(BIN)/tiltmeter validate benchmarks/plans/refusals.yaml -o validation-refusals-output
 	$(BIN)/python benchmarks/validation.py validation-refusals-output validation-refusals
+	$(BIN)/python benchmarks/guards.py --table
 
 clean:
 	rm -rf $(VENV) .venv-* dist build $(OUT)

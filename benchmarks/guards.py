@@ -6,9 +6,9 @@
     python benchmarks/guards.py --table             put the committed results into docs/guards.md and guards.html
 
 Every run leaves its own file, so a plan that was interrupted goes on where it was; finished runs are gathered in
-benchmarks/results/guards.json, as the plan "tiny", beside those of the aligned model, which `tiltmeter validate
-benchmarks/plans/guards.yaml` makes in hours and benchmarks/validation.py keeps (validation-guards.json). The guard's
-safety prompts and the ones that are measured are different ones.
+benchmarks/results/guards.json, as the plan "tiny", beside those of the aligned model, which `tiltmeter validate` makes
+in hours of benchmarks/plans/guards.yaml and refusals.yaml and benchmarks/validation.py keeps (validation-guards.json,
+validation-refusals.json). The guard's safety prompts and the ones that are measured are different ones.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ from tiltmeter.store import write_text
 RESULTS = Path(__file__).parent / "results"
 PARTS = RESULTS / "guards.parts"
 
-#: Runs of the aligned model, and the plan they are of.
-ALIGNED, ALIGNED_PLAN = RESULTS / "validation-guards.json", "benchmarks/plans/guards.yaml"
+#: Plans of the aligned model, and what is kept of them.
+ALIGNED = {"aligned": "guards", "refusals": "refusals"}
 
 #: Strengths that each guard is run at; the first is its default.
 STRENGTHS = {
@@ -253,13 +253,14 @@ def gather() -> dict[str, Any]:
 
 def with_aligned(held: dict[str, Any]) -> dict[str, Any]:
     """The same with the committed runs of the aligned model."""
-    record = json.loads(ALIGNED.read_text())
-    about = {key: record[key] for key in ("model", "created", "tiltmeter", "versions", "machine")}
-    runs = [run for run in held["runs"] if run["plan"] != "aligned"]
-    return {
-        "runs": runs + [{**run, "plan": "aligned"} for run in record["guard_runs"]],
-        "plans": {**held["plans"], "aligned": {"plan": ALIGNED_PLAN, **about}},
-    }
+    runs = [run for run in held["runs"] if run["plan"] not in ALIGNED]
+    plans = dict(held["plans"])
+    for name, plan in ALIGNED.items():
+        record = json.loads((RESULTS / f"validation-{plan}.json").read_text())
+        about = {key: record[key] for key in ("model", "created", "tiltmeter", "versions", "machine")}
+        runs += [{**run, "plan": name} for run in record["guard_runs"]]
+        plans[name] = {"plan": f"benchmarks/plans/{plan}.yaml", **about}
+    return {"runs": runs, "plans": plans}
 
 
 def table(runs: list[dict[str, Any]]) -> list[str]:
