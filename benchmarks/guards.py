@@ -27,7 +27,7 @@ from tiltmeter.errors import TiltmeterError
 from tiltmeter.guards.session import Session
 from tiltmeter.guards.token_loss import ConstrainedTokens
 from tiltmeter.guards.trainee import Trainee
-from tiltmeter.jobs.guarding import guard_named, safety_source
+from tiltmeter.jobs.guarding import guard_named, safety_source, usual_opening
 from tiltmeter.jobs.inputs import Opened, open_model, open_rows
 from tiltmeter.jobs.provenance import provenance
 from tiltmeter.jobs.recipe import Lora
@@ -209,7 +209,8 @@ def execute(run: Run, plan: Plan) -> dict[str, Any]:
     base = base_for(plan) if run.guard in ("safe_lora", "lox") else None
     knob = {"budget_kl": run.strength} if run.guard == "budget" else {"strength": run.strength}
     guard = guard_named(run.guard, opened, tuning=learned, base=base, **knob)
-    source = safety_source(opened, rows[: plan.guarded], limit=plan.guarded, **length)
+    opening = usual_opening(run.guard)
+    source = safety_source(opened, rows[: plan.guarded], limit=plan.guarded, opening_tokens=opening, **length)
     optimizer = torch.optim.AdamW(forward.parameters.values(), lr=plan.regimes[run.regime][1], weight_decay=0.0)
     session = Session(guard, Trainee(dict(forward.parameters), optimizer, source, 0, run.seed, plan.steps))
     before = {"task_loss": _task_loss(forward, task, plan, pad), "margin": float(-margin.losses().mean())}
@@ -222,6 +223,8 @@ def execute(run: Run, plan: Plan) -> dict[str, Any]:
     refused, over = (refusal_rate([judge_refusal(a) for a in said]) for said in (answers, harmless))
     return {
         **asdict(run),
+        "answer_tokens": plan.response_tokens,
+        "opening_tokens": opening,
         "task_loss": _task_loss(forward, task, plan, pad),
         "heldout_kl": float(divergence.losses().mean()),
         "margin": float(-margin.losses().mean()),
