@@ -44,7 +44,7 @@ check: lint types test
 bench: setup
 	$(BIN)/python benchmarks/performance.py
 
-# All guards on demo:tiny, minutes; the serious ones on the aligned model, about a dozen hours of one core. Finished runs
+# All guards on demo:tiny, minutes; the serious ones on the aligned model, about eleven hours of one core. Finished runs
 # are kept, so it can be interrupted.
 guards: setup
 	$(BIN)/python benchmarks/guards.py

@@ -80,6 +80,8 @@ def forecast(plan: Plan, subject: Subject, cell: Cell, folder: Path) -> tuple[di
         record, arrays = store.read_record(folder)
         if record["question"] != question:
             sys.exit(f"{folder} belongs to another plan; delete it")
+        if not {*canaries(cell)} <= {*record["predictors"]}:
+            sys.exit(f"{folder} was made without the canary; delete it")
         return record, arrays
     with undisturbed(subject.loaded.model), store.new_folder(folder) as part:
         result, tuning, found = examine_subject(subject, cell.set.open(), cell.recipe, plan.options)

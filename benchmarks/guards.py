@@ -223,8 +223,7 @@ def execute(run: Run, plan: Plan) -> dict[str, Any]:
     refused, over = (refusal_rate([judge_refusal(a) for a in said]) for said in (answers, harmless))
     return {
         **asdict(run),
-        "answer_tokens": plan.response_tokens,
-        "opening_tokens": opening,
+        **({} if run.guard == "none" else {"opening_tokens": opening}),
         "task_loss": _task_loss(forward, task, plan, pad),
         "heldout_kl": float(divergence.losses().mean()),
         "margin": float(-margin.losses().mean()),
@@ -245,6 +244,14 @@ def _prompts(rows: Any) -> list[Any]:
 def _task_loss(forward: Forward, examples: list[Example], plan: Plan, pad: int) -> float:
     with torch.no_grad():
         return float(loss_of(forward, examples, plan, pad))
+
+
+def is_done(run: Run, part: Path) -> bool:
+    """Whether a run is there, of the guard as it comes now."""
+    if not part.is_file():
+        return False
+    held = json.loads(part.read_text())
+    return "refused" in held or held.get("opening_tokens", 0) == usual_opening(run.guard)
 
 
 def gather() -> dict[str, Any]:
@@ -327,7 +334,7 @@ def main() -> None:
     torch.set_num_threads(1)
     chosen = [r for r in runs_of(TINY) if not given.only or any(r.name.startswith(p) for p in given.only)]
     folder = PARTS / "tiny"
-    missing = [run for run in chosen if not (folder / f"{run.name}.json").is_file()]
+    missing = [run for run in chosen if not is_done(run, folder / f"{run.name}.json")]
     print(f"{len(chosen)} runs, {len(missing)} to do, about {TINY.minutes:g} minutes each on one core")
     if given.list:
         print("\n".join(run.name for run in missing))

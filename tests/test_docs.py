@@ -138,16 +138,12 @@ def test_what_the_text_says_of_guards_is_what_the_runs_were():
 
     guards = (ROOT / "docs" / "guards.md").read_text(encoding="utf-8")
     for regime, count in (("lora-adamw", 8), ("full-adamw", 4)):
-        n, share = told("budget", 0.05, regime, percent, learned)
-        kl = told("budget", 0.05, regime, near, lambda r: r["heldout_kl"])[1]
+        n, kl = told("budget", 0.05, regime, near, lambda r: r["heldout_kl"])
         alone = told("none", 0.0, regime, far, lambda r: r["heldout_kl"])[1]
         assert n == count
-        for text, phrases in (
-            (README, (share, kl, alone)),
-            (guards, (kl, alone, told("budget", 0.2, regime, percent, learned)[1])),
-            (guards, (told("budget", 0.2, regime, near, lambda r: r["heldout_kl"])[1],)),
-        ):
-            assert all(phrase in " ".join(text.split()) for phrase in phrases), phrases
+        loose = told("budget", 0.2, regime, percent, learned)[1]
+        for phrase in (kl, alone, loose, told("budget", 0.2, regime, near, lambda r: r["heldout_kl"])[1]):
+            assert phrase in " ".join(guards.split()), phrase
     costs = committed("performance")
     which = (ROOT / "docs" / "how-to" / "which-guard.md").read_text(encoding="utf-8")
     for key in ("guard_step_ratio", "guard_full_step_ratio", "guard_full_peak_ratio"):
@@ -158,27 +154,37 @@ def test_what_the_text_says_of_guards_is_what_the_runs_were():
 
 def test_what_the_text_says_of_refusals_is_what_the_runs_were():
     made, runs = benchmark("validation"), committed("validation-refusals")["guard_runs"]
-    which = " ".join((ROOT / "docs" / "how-to" / "which-guard.md").read_text(encoding="utf-8").split())
 
-    def points(tokens):
-        return sorted(
-            round(100 * run["refusal_change"]["value"])
-            for run in runs
-            if (
-                run["guard"] == "none"
-                if tokens is None
-                else (run["guard"], run.get("answer_tokens", 24)) == ("budget", tokens)
-            )
-        )
+    def asked(guard, opening, tokens=24):
+        held = [run for run in runs if run["guard"] == guard and run.get("opening_tokens", 0) == opening]
+        return [run for run in held if run.get("answer_tokens", 24) == tokens]
 
-    held, loose, alone = (points(tokens) for tokens in (6, 24, None))
-    shares = [100 * made._learned(run, runs) for run in runs if run.get("answer_tokens") == 6]
-    assert len(held) == len(loose) == len(alone) == len(shares) >= 3
-    said = f"{held[0]:+d} to {held[-1]:+d} points, where 0.05 nats over whole answers lost {-loose[-1]} to {-loose[0]}"
-    assert said in which
-    assert "`--budget-kl 0.02 --guard-tokens 6` kept them within two points" in README
-    assert max(map(abs, held)) <= 2
-    assert f"no guard {-alone[-1]} to {-alone[0]}, and {min(shares):.0f} % to {max(shares):.0f} % of the task" in which
+    def points(held):
+        changes = sorted(round(100 * run["refusal_change"]["value"]) for run in held)
+        return changes[0], changes[-1]
+
+    def nats(held):
+        return " to ".join(f"{end(run['heldout_kl'] for run in held):.3f}" for end in (min, max))
+
+    usual, alone = asked("budget", 3), asked("none", 0)
+    assert len(usual) == len(alone) == 12
+    shares = [100 * made._learned(run, runs) for run in usual]
+    learned = f"learned {min(shares):.0f} % to {max(shares):.0f} % of the task"
+    (low, high), (most, least) = points(usual), points(alone)
+    within = sum(abs(100 * run["refusal_change"]["value"]) <= 2 for run in usual)
+    which, guards = (" ".join((ROOT / "docs" / name).read_text(encoding="utf-8").split()) for name in
+                     ("how-to/which-guard.md", "guards.md"))  # fmt: skip
+    for text in (README, which, guards):
+        assert f"by {low:+d} to {high:+d} points" in text
+        assert f"lost {-least} to {-most}" in text
+        assert learned in text
+        assert nats(usual) in text
+    assert f"within two points in {within} of 12" in guards
+    assert nats(alone) in README
+    for held in (asked("budget", 0), asked("budget", 0, 6)):
+        first, last = points(held)
+        assert len(held) == 4
+        assert f"{first:+d} to {last:+d} points" in guards
 
 
 def test_seeds_of_a_guard_are_shown_side_by_side():

@@ -210,7 +210,9 @@ def finetune(
     commutator_every: Annotated[
         int | None, typer.Option(help="Exchange a safety step and a task step at every n-th measurement.")
     ] = None,
-    budget_kl: Annotated[float | None, typer.Option(help="Exit 3 if safety KL exceeds this.")] = None,
+    budget_kl: Annotated[
+        float | None, typer.Option(help="Exit 3 if safety KL exceeds this; the limit of --guard budget.")
+    ] = None,
     budget_margin: Annotated[float | None, typer.Option(help="Exit 3 if the mean margin falls below this.")] = None,
     budget_refusal: Annotated[float | None, typer.Option(help="Exit 3 if the refusal rate falls below this.")] = None,
     stop_on_budget: Annotated[bool, typer.Option("--stop-on-budget", help="Stop when the alarm fires.")] = False,
@@ -219,7 +221,10 @@ def finetune(
     guard_base: Annotated[str | None, typer.Option(help="Model before alignment, for safe_lora and lox.")] = None,
     guard_tokens: Annotated[int, typer.Option(help="Tokens of each aligned answer that the guard looks at.")] = 24,
     guard_opening: Annotated[
-        int | None, typer.Option(help="First of them that count by themselves, too; by default 3 for budget, else 0.")
+        int | None,
+        typer.Option(
+            help="The guard's KL is that of so many first tokens where more; by default 3 for budget, else 0."
+        ),
     ] = None,
     refusal_opening: Annotated[str | None, typer.Option(help="How a refusal of this model begins.")] = None,
     compliance_opening: Annotated[str | None, typer.Option(help="How a compliant answer begins.")] = None,

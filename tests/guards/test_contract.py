@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from worlds import OPTIMIZERS, World, step
 
 from tiltmeter.errors import InputError, SpaceMismatch, UnsupportedModel
 from tiltmeter.guards.names import GUARDS
-from tiltmeter.guards.session import Session
+from tiltmeter.guards.session import REST, Session
 from tiltmeter.guards.trainee import Trainee
 
 #: Settings that suit the world: its KL is a few hundredths to tenths of a nat after 40 steps.
@@ -234,3 +235,16 @@ def test_a_state_of_another_guard_or_another_anchor_is_refused(tmp_path):
         Session(guard_for("replay", other), other.trainee()).begin(tmp_path)
     with pytest.raises(InputError, match="cannot resume"):
         Session(guard_for("replay", world), world.trainee()).begin(tmp_path / "nowhere")
+    written = json.loads((tmp_path / REST).read_text())
+    assert written["opening"] == 0
+    for opening in (None, 0, 3):  # none is told by states of older versions, which took whole answers alone
+        about = {key: value for key, value in written.items() if key != "opening"}
+        (tmp_path / REST).write_text(json.dumps(about if opening is None else {**about, "opening": opening}))
+        again = Session(guard_for("replay", world), world.trainee())
+        if opening:
+            with pytest.raises(
+                InputError, match=r"openings of 3 tokens .* this one over 0; resume with --guard-opening 3"
+            ):
+                again.begin(tmp_path)
+        else:
+            again.begin(tmp_path)

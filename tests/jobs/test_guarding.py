@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import replace
 from typing import get_args, get_type_hints
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
-from tiltmeter import cli
+from tiltmeter import cli, commands_finetune
 from tiltmeter.errors import InputError, UnsupportedModel
 from tiltmeter.guards.names import GUARDS
 from tiltmeter.jobs.finetune import finetune
@@ -48,7 +50,29 @@ def test_a_guarded_finetune_stays_inside_where_the_free_one_does_not(tmp_path):
     assert kept["guard"]["name"] == "budget"
     assert kept["guard"]["log"]
     assert kept["guard"]["prompts_shared"] is False
+    assert (kept["guard"]["answer_tokens"], kept["guard"]["opening_tokens"]) == (24, 3)
     assert off["curves"]["safety_kl"]["value"] == free["curves"]["safety_kl"]["value"]
+
+
+def test_the_command_line_hands_on_what_is_asked_of_a_guard(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(commands_finetune, "run_finetune", lambda *args, guard, **more: asked.append(guard))
+    rest = [
+        "demo:tiny",
+        "--safety",
+        "demo:tiny-safety",
+        "--tuning",
+        "demo:tiny-copy",
+        "--lr",
+        "1e-3",
+        "-o",
+        str(tmp_path),
+    ]
+    given = ["--guard", "budget", "--guard-strength", "0.5", "--budget-kl", "0.02", "--guard-tokens", "6"]
+    for more in ([], ["--guard-opening", "2"]):
+        CliRunner().invoke(cli.app, ["finetune", *rest, *given, *more])
+    usual = GuardOptions("budget", 0.5, 0.02, None, 6)
+    assert asked == [usual, replace(usual, opening_tokens=2)]
 
 
 def test_the_token_loss_reaches_the_trainer(tmp_path):
@@ -90,8 +114,9 @@ def test_what_a_guard_takes_the_kl_over_where_nothing_is_asked(guard, opening):
     assert torch.allclose(told, torch.maximum(mean, start) if opening else mean, rtol=1e-4)
     assert bool((told > 1.1 * mean).any()) is bool(opening)
     assert bool((told < 0.9 * start).any()) is not bool(opening)
-    moved = [source.heldout() for source in (usual, whole)]
-    assert moved == [0.0, 0.0]
+    apart = [source._heldout.losses(move) for source in (usual, whole, first)]
+    torch.testing.assert_close(apart[0], torch.maximum(*apart[1:]) if opening else apart[1], rtol=1e-4, atol=0.0)
+    assert bool((apart[0] > 1.1 * apart[1]).any()) is bool(opening)
     with pytest.raises(InputError, match="must have 0 tokens \\(none\\) or more, got -1"):
         guard_callback(guard, opened, rows, opening_tokens=-1)
 

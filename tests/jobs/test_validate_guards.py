@@ -267,6 +267,9 @@ def test_cells_that_are_there_are_not_run_again(done: tuple[Plan, Path, dict]) -
         (("budget_kl: 2.0e-5", "answer_tokens: six"), "of at least 1, got 'six'"),
         (("budget_kl: 2.0e-5", "opening_tokens: -1"), "opening_tokens of guard budget must be a number of at least 0"),
         (("budget_kl: 2.0e-5", "seeds: [1]"), "seeds of guard budget must be a list of 0; got \\[1\\]"),
+        (("budget_kl: 2.0e-5", "seeds: [[0]]"), "seeds of guard budget must be a list of 0"),
+        (("budget_kl: 2.0e-5", "seeds: [false]"), "seeds of guard budget must be a list of 0"),
+        (("budget_kl: 2.0e-5", "answer_tokens: null"), "answer_tokens of guard budget must be a number"),
         (("budget_kl: 2.0e-5", "regimes: full"), "regimes of guard budget must be a list of lora; got 'full'"),
     ],
 )

@@ -488,3 +488,8 @@ def test_an_example_is_cut_after_so_many_tokens_of_its_last_answer():
     assert two_turns.opened(5) is two_turns
     unsupervised = Example(tokens, (-100,) * 10, 0)
     assert unsupervised.opened(1) is unsupervised
+    assert two_turns.answered() == Example(tokens, (-100,) * 5 + (15, 16, 17, 18, -100), 3)
+    assert two_turns.answered().opened(2) == Example(tokens[:7], (-100,) * 5 + (15, 16), 3)
+    assert unsupervised.answered() == unsupervised
+    one = Example(tokens[:3], (-100, 11, 12), 0)
+    assert one.answered() == one

@@ -6,7 +6,7 @@ import pytest
 from page_reader import Page, numbers_in
 
 from tiltmeter.errors import DataError
-from tiltmeter.report.guards_page import mean_over_seeds, render_guards_page
+from tiltmeter.report.guards_page import guard_name, mean_over_seeds, render_guards_page, with_strength
 
 
 def run(guard, strength, seed, kl, loss):
@@ -37,7 +37,7 @@ def test_the_page_shows_every_figure_and_says_where_one_seed_is_all():
     assert render_guards_page(HELD, "Guards") == source
     header = page.rows()[0]
     rows = {row[0]: row for row in page.rows()}
-    free, ours = rows["none 0"], rows["budget 0.05"]
+    free, ours = rows["none 0"], rows["budget 0.05, whole answers"]
     assert free[1] == "1"
     assert ours[1] == "2"
     loss, kl = header.index("Task loss, nats per token"), header.index("Held-out safety KL, nats per token")
@@ -49,6 +49,18 @@ def test_the_page_shows_every_figure_and_says_where_one_seed_is_all():
     assert "needs a <base>" in page.text
     assert "unguarded" in page.text
     assert not [1 for tag, given in page.tags if tag == "script" or "http" in str(given.get("href", ""))]
+
+
+def test_guards_are_named_with_what_they_saw_of_answers():
+    def named(guard, **more):
+        return guard_name({**run(guard, 0.05, 0, 1.0, 1.0), **more})
+
+    assert [named(guard) for guard in ("none", "ema", "budget")] == ["none", "ema", "budget, whole answers"]
+    assert named("none", answer_tokens=10, opening_tokens=0) == "none"
+    assert named("budget", answer_tokens=24, opening_tokens=3) == "budget, first 3 too"
+    assert named("budget", answer_tokens=6, opening_tokens=0) == "budget, 6 tokens"
+    assert named("replay", answer_tokens=6, opening_tokens=2) == "replay, 6 tokens, first 2 too"
+    assert with_strength("budget, 6 tokens, first 2 too", "0.05") == "budget 0.05, 6 tokens, first 2 too"
 
 
 def test_a_comparison_without_runs_is_refused():

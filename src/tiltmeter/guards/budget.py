@@ -7,11 +7,12 @@ by the smallest change in the optimiser's metric, D V (V'DV)^-1 (z' - z). The di
 they are measured again at intervals that follow how much they turned; z is then read off the log-likelihoods, which
 need no expansion.
 
-What the directions miss is seen in the KL on held-out prompts, and answered by degrees. As soon as there is any, what
-the task's gradient would do against safety is taken out of it before the optimiser sees it (`surgery`): that keeps the
-optimiser's memory clean and costs the task next to nothing, but promises nothing under Adam. Where the budget is nearly
-used up the same is done in the optimiser's metric, to the gradient and to the update. When KL is about to exceed the
-budget the model is pulled back (`pullback`), and where that does not last, finds no way down or would come too late
+What the directions miss is seen in the KL on held-out prompts, and answered by degrees. (The directions are those of
+whole answers; the KL may count their openings by themselves, too, see `SafetySource.opening`.) As soon as there is any,
+what the task's gradient would do against safety is taken out of it before the optimiser sees it (`surgery`): that keeps
+the optimiser's memory clean and costs the task next to nothing, but promises nothing under Adam. Where the budget is
+nearly used up the same is done in the optimiser's metric, to the gradient and to the update. When KL is about to exceed
+the budget the model is pulled back (`pullback`), and where that does not last, finds no way down or would come too late
 between two looks, safety is trained (replay). Every such act is in the log.
 """
 
@@ -62,7 +63,8 @@ class CurvatureBudget:
 
     Attributes:
         strength: share of a move out of the ellipsoid that is taken back.
-        budget_kl: largest tolerable held-out safety KL, nats (per token); 0 keeps every sensitive direction still.
+        budget_kl: largest tolerable held-out safety KL, nats (per token), as the safety source measures it; 0 keeps
+            every sensitive direction still.
         rank: most directions.
         every: steps between two projections; more than one is for large spaces, where each costs passes. There KL is
             measured at every projection, the safety gradient of the step before does at every second step while KL is

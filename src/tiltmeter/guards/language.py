@@ -116,7 +116,7 @@ class LanguageSafety:
             )
         held = [example for i, example in enumerate(examples) if i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
         own = [example for i, example in enumerate(examples) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]
-        self.model = model
+        self.model, self.opening = model, opening
         with undisturbed(model):
             forward = Forward(model, trainable(model, parts=True))
             self.passes = forward.passes
@@ -150,7 +150,7 @@ class LanguageSafety:
         return self._replay
 
     def heldout(self) -> float:
-        """Mean safety KL of the held-out answers, nats per token."""
+        """Mean over the held-out answers of their safety KL, nats per token, each over the whole or its opening."""
         return float(self._heldout.losses().mean())
 
     def shift(self) -> Tensor:

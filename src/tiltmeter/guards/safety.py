@@ -31,6 +31,11 @@ class SafetySource(Protocol):
         ...
 
     @property
+    def opening(self) -> int:
+        """First tokens of an answer over which its KL is taken where it is more than over the whole; 0 for none."""
+        ...
+
+    @property
     def divergence(self) -> Objective:
         """KL(anchor || model) of every example, nats (per token)."""
         ...
@@ -105,6 +110,11 @@ class SystemSafety:
             p = torch.softmax(self.logits(self.live.detach()), -1)
         weight = (p * p.shape[-1]).sqrt()
         return self._of(lambda theta: -(weight * torch.log_softmax(self.logits(theta), -1)).reshape(-1))
+
+    @property
+    def opening(self) -> int:
+        """None: an answer is one outcome."""
+        return 0
 
     @property
     def divergence(self) -> FunctionObjective:

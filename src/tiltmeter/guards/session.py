@@ -155,6 +155,7 @@ class Session:
             "finished": self.finished,
             "space": self.model.whole.digest,
             "anchor": self.model.safety.fingerprint(),
+            "opening": self.model.safety.opening,
             **self.guard.memory.state()[1],
         }
         (folder / REST).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
@@ -180,6 +181,11 @@ class Session:
         for key, value in expected.items():
             if about[key] != value:
                 raise InputError(f"the guard saved in {folder} has {key} {about[key]}, this one {value}; use the same")
+        if (then := about.get("opening", 0)) != self.model.safety.opening:
+            raise InputError(
+                f"the guard saved in {folder} took the KL over openings of {then} tokens (0: whole answers), this "
+                f"one over {self.model.safety.opening}; resume with --guard-opening {then}, or train afresh"
+            )
         now = self.model.safety.fingerprint()
         if abs(about["anchor"] - now) > SAME_ANCHOR * abs(now):
             raise InputError(

@@ -149,7 +149,7 @@ def safety_source(
         refusal_opening=opened.refusal_opening,
         compliance_opening=opened.compliance_opening,
     )
-    responses = [example.opened(response_tokens) for example in prepared.responses]
+    responses = [example.answered().opened(response_tokens) for example in prepared.responses]
     return LanguageSafety(opened.loaded.model, responses, opened.loaded.tokenizer.pad_token_id, opening=opening_tokens)
 
 
@@ -160,7 +160,8 @@ class GuardOptions:
     Attributes:
         name: one of `guards.names.GUARDS`.
         strength: as the guard understands it; None for its own default.
-        budget_kl: for `budget`, nats per token.
+        budget_kl: for `budget`, nats per token: limit of the mean over held-out answers of the KL, each over the
+            whole or over its opening.
         base: name of the model that the aligned one was made from, for `safe_lora` and `lox`.
         answer_tokens: tokens of the aligned model's answers that the guard looks at.
         opening_tokens: first tokens of them over which the KL is taken where it is more than over the whole; 0 for

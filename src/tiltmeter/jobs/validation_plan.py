@@ -26,6 +26,9 @@ from tiltmeter.lm.safety import spread
 
 KEYS = ("model", "safety", "sets", "seeds", "regimes", "options", "predictors", "guards")
 
+#: Level at which older cells have the intervals of refusals, whatever was asked.
+USUAL_LEVEL = 0.9
+
 #: What says where a guard of the plan is run.
 WHERE = "regimes", "seeds"
 
@@ -218,7 +221,7 @@ class Plan:
                     held.response_tokens,
                     held.max_length,
                     held.seed,
-                    *([] if held.level == 0.9 else [held.level]),
+                    *([] if held.level == USUAL_LEVEL else [held.level]),
                 ],
             }
         )
@@ -240,6 +243,7 @@ class Plan:
                 "set": [[p.source, p.rows or 0, p.completion or "", p.shortest or 0] for p in cell.set.parts],
                 "recipe": repr(cell.recipe),
                 "options": repr(self.options),
+                **({} if self.options.level == USUAL_LEVEL else {"refusals": "of this level"}),
                 "predictors": list(cell.regime.predictors),
             }
         )
@@ -342,12 +346,17 @@ def _guarding(held: Any, regimes: Sequence[Regime]) -> Guarding | None:
             raise InputError(f"unknown guard {given.get('name')!r}; expected one of {', '.join(sorted(GUARDS))}")
         for key, least in (("answer_tokens", 1), ("opening_tokens", 0)):
             count = given.get(key, least)
+            if key == "opening_tokens" and count is None:
+                continue
             if not isinstance(count, int) or isinstance(count, bool) or count < least:
                 raise InputError(f"{key} of guard {given['name']} must be a number of at least {least}, got {count!r}")
         where = _somewhere(given.pop("regimes", None), [each.name for each in regimes], "regimes", given["name"])
         seeds = {seed for each in regimes for seed in each.seeds}
         when = _somewhere(given.pop("seeds", None), sorted(seeds), "seeds", given["name"])
-        axis.append(GuardPlan(GuardOptions(**given), where, when))
+        guard = GuardPlan(GuardOptions(**given), where, when)
+        if not any(guard.covers(each.name, seed) for each in regimes for seed in each.seeds):
+            raise InputError(f"guard {given['name']} is never run: none of its regimes has one of its seeds")
+        axis.append(guard)
     labels = [guard.options.label for guard in axis if guard.options is not None]
     if len(set(labels)) < len(labels):
         raise InputError(f"two guards of the plan are the same: {', '.join(labels)}")
@@ -361,7 +370,8 @@ def _somewhere(asked: Any, there: Sequence[Any], what: str, guard: str) -> tuple
     """Regimes or seeds that a guard is run in, checked against those of the plan; None for all."""
     if asked is None:
         return None
-    if not isinstance(asked, list) or not asked or not set(asked) <= set(there):
+    known = [(type(each), each) for each in there]
+    if not isinstance(asked, list) or not asked or any((type(each), each) not in known for each in asked):
         raise InputError(f"{what} of guard {guard} must be a list of {', '.join(map(str, there))}; got {asked!r}")
     return tuple(asked)
 

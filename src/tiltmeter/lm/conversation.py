@@ -43,10 +43,20 @@ class Example:
 
     def opened(self, count: int) -> Example:
         """The same up to the first `count` tokens of its last supervised stretch; itself where there are no more."""
+        begin = self._last_stretch()
+        end = len(self.tokens) if begin is None else begin + count
+        return self if end >= len(self.tokens) else Example(self.tokens[:end], self.labels[:end], self.row)
+
+    def answered(self) -> Example:
+        """The same with only its last supervised stretch supervised: earlier turns are what it answers."""
+        begin = self._last_stretch() or 0
+        return Example(self.tokens, (UNSUPERVISED,) * begin + self.labels[begin:], self.row)
+
+    def _last_stretch(self) -> int | None:
+        """Where the last supervised stretch begins; None if nothing is supervised."""
         told = [place for place, label in enumerate(self.labels) if label != UNSUPERVISED]
         starts = [place for place in told if self.labels[place - 1] == UNSUPERVISED]
-        end = starts[-1] + count if starts else len(self.tokens)
-        return self if end >= len(self.tokens) else Example(self.tokens[:end], self.labels[:end], self.row)
+        return starts[-1] if starts else None
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,8 @@ class DivergenceObjective:
         inner: losses and products of the KL.
         log_probability: the anchor's, [P, vocabulary] per micro-batch; memory 4 P vocabulary bytes.
         opening: first tokens of every response whose mean counts where it is more than that of the whole; 0 for none.
-            `fisher_form` and `path_form` are those of whole responses.
+            `fisher_form` and `path_form` are those of whole responses, and at the anchor, where both means are zero,
+            `hvp` is that of half their sum.
     """
 
     inner: LanguageObjective

@@ -85,10 +85,13 @@ def groups_of(runs: Sequence[Run]) -> dict[tuple[str, float], list[Run]]:
 
 
 def guard_name(run: Run) -> str:
-    """The guard of a run, with how much of answers it looked at where that is not all of the usual length."""
-    tokens, first = run.get("answer_tokens", ANSWER_TOKENS), run.get("opening_tokens", 0)
-    length = "" if tokens == ANSWER_TOKENS else f", {tokens} tokens"
-    return str(run["guard"]) + length + (f", first {first} too" if first else "")
+    """The guard of a run; for `budget`, and where the length is not the usual one, with how much of answers it saw."""
+    name, tokens, first = str(run["guard"]), run.get("answer_tokens", ANSWER_TOKENS), run.get("opening_tokens", 0)
+    if name == "none":
+        return name
+    length = [] if tokens == ANSWER_TOKENS else [f"{tokens} tokens"]
+    opening = [f"first {first} too"] if first else ["whole answers"] if name == "budget" and not length else []
+    return ", ".join([name, *length, *opening])
 
 
 def with_strength(guard: str, strength: str) -> str:
