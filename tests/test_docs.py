@@ -210,7 +210,7 @@ def test_seeds_of_a_guard_are_shown_side_by_side():
     rows = benchmark("validation").guard_table({"guard_runs": runs}).splitlines()
     assert rows[2:] == [
         "| lora | qa | none | 0 | 2 | 100 % | 0.4 | 2 of 2 | +1.50 | 25 % | ? | 1.0x to 2.0x |",
-        "| lora | qa | budget | 0.05 | 2 | 50 % to 75 % | 0.03 to 0.04 | 2 of 2 | +1.50 | 25 % | ? | 1.0x to 2.0x |",
+        "| lora | qa | budget, whole answers | 0.05 | 2 | 50 % to 75 % | 0.03 to 0.04 | 2 of 2 | +1.50 | 25 % | ? | 1.0x to 2.0x |",
         "| lora | qa | replay | 0.05 | 2 | 50 % to 80 % | 0.05 | 1 of 2 | +1.50 | 25 % | ? | 1.0x to 2.0x |",
     ]
 
