@@ -75,7 +75,8 @@ def dealt_trial(plan: Plan, out: Path, cell: Cell, order: list[int]) -> Trial:
 
 def forecast(plan: Plan, subject: Subject, cell: Cell, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """The forecast of a regime and set, made or read back."""
-    question = plan.question(replace(cell, seed=cell.recipe.seed))
+    recipe = cell.regime.recipe  # of any seed: seeds differ in the order of the rows alone
+    question = plan.question(replace(cell, seed=recipe.seed))
     if (folder / store.RECORD).is_file():
         record, arrays = store.read_record(folder)
         if record["question"] != question:
@@ -84,8 +85,8 @@ def forecast(plan: Plan, subject: Subject, cell: Cell, folder: Path) -> tuple[di
             sys.exit(f"{folder} was made without the canary; delete it")
         return record, arrays
     with undisturbed(subject.loaded.model), store.new_folder(folder) as part:
-        result, tuning, found = examine_subject(subject, cell.set.open(), cell.recipe, plan.options)
-        case, asked = case_of(subject, tuning, cell.recipe, plan.options, found, None), canaries(cell)
+        result, tuning, found = examine_subject(subject, cell.set.open(), recipe, plan.options)
+        case, asked = case_of(subject, tuning, recipe, plan.options, found, None), canaries(cell)
         if asked:
             case = replace(case, canary=run_canary(case))
         why = Reasons(result.record["reasons"])

@@ -152,6 +152,24 @@ def test_what_the_text_says_of_guards_is_what_the_runs_were():
         assert f"{costs[key]:.2f}x" in guards, key
 
 
+def test_what_the_text_says_of_another_draw_is_what_was_read():
+    [told] = committed("validation-draws")["draws"]
+    findings = " ".join((ROOT / "docs" / "findings.md").read_text(encoding="utf-8").split())
+    unseen, seen = (
+        [told["coverage"][name][key]["cells"] for key in ("margin_change", "safety_kl")]
+        for name in ("held_out", "assessed")
+    )
+    assert {each["n"] for each in (*unseen, *seen)} == {22}
+    held = f"{unseen[0]['hits']} of 22 margins and {unseen[1]['hits']} of 22 KLs"
+    assert f"{held} lie in theirs, on those seen {seen[0]['hits']} and {seen[1]['hits']} of 22" in findings
+    flat = " ".join(README.split())
+    assert f"hold {held}" in flat
+    ends = told["size_error"]["held_out"]["end_with_canary"]
+    margin, kl = (f"{100 * ends[key]['median']:.0f} %" for key in ("margin_change", "safety_kl"))
+    assert f"from the other draw of prompts {margin} and {kl}" in findings
+    assert f"is {kl} off on prompts not seen" in flat
+
+
 def test_what_the_text_says_of_refusals_is_what_the_runs_were():
     made, runs = benchmark("validation"), committed("validation-refusals")["guard_runs"]
 
@@ -210,7 +228,8 @@ def test_seeds_of_a_guard_are_shown_side_by_side():
     rows = benchmark("validation").guard_table({"guard_runs": runs}).splitlines()
     assert rows[2:] == [
         "| lora | qa | none | 0 | 2 | 100 % | 0.4 | 2 of 2 | +1.50 | 25 % | ? | 1.0x to 2.0x |",
-        "| lora | qa | budget, whole answers | 0.05 | 2 | 50 % to 75 % | 0.03 to 0.04 | 2 of 2 | +1.50 | 25 % | ? | 1.0x to 2.0x |",
+        "| lora | qa | budget, whole answers | 0.05 | 2 | 50 % to 75 % | 0.03 to 0.04 | 2 of 2 | +1.50 | 25 % | ? "
+        "| 1.0x to 2.0x |",
         "| lora | qa | replay | 0.05 | 2 | 50 % to 80 % | 0.05 | 1 of 2 | +1.50 | 25 % | ? | 1.0x to 2.0x |",
     ]
 

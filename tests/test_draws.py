@@ -20,6 +20,7 @@ PLAN = """
 model: demo:tiny
 safety: {name: demo:tiny-safety, assessed: 3, held_out: 4}
 sets: [demo:tiny-copy, demo:tiny-known]
+seeds: [0, 1]
 regimes:
   lora:
     recipe:
@@ -59,7 +60,7 @@ def test_the_plans_own_draw_is_judged_as_the_validation_judges_it(made: Any, don
         for when in ("horizon", "end", "end_with_canary"):
             for key in ("margin_change", "safety_kl"):
                 told, seen = (each["size_error"][prompts][when][key]["errors"] for each in (found, summary))
-                assert len(told) == len(seen) == 2
+                assert len(told) == len(seen) == 4
                 assert told == pytest.approx(seen, rel=1e-9)
 
 
