@@ -198,6 +198,10 @@ def test_what_the_text_says_of_refusals_is_what_the_runs_were():
         assert learned in text
         assert nats(usual) in text
     assert f"within two points in {within} of 12" in guards
+    for regime in ("lora-adamw", "full-adamw"):
+        ratios = [run["step_time_ratio"] for run in usual if run["regime"] == regime]
+        assert f"{min(ratios):.1f}x to {max(ratios):.1f}x" in guards
+        assert f"{min(ratios):.1f} to {max(ratios):.1f} times" in which
     assert nats(alone) in README
     for held in (asked("budget", 0), asked("budget", 0, 6)):
         first, last = points(held)
