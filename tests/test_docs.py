@@ -152,6 +152,14 @@ def test_what_the_text_says_of_guards_is_what_the_runs_were():
         assert f"{costs[key]:.2f}x" in guards, key
 
 
+def test_what_the_text_says_of_the_budget_on_the_toy_model_is_what_the_runs_were():
+    runs = [r for r in committed("guards")["runs"] if (r["plan"], r["guard"]) == ("tiny", "budget")]
+    above = [r["heldout_kl"] / r["strength"] for r in runs if r["heldout_kl"] > r["strength"]]
+    assert (len(above), len(runs)) == (5, 24)
+    guards = " ".join((ROOT / "docs" / "guards.md").read_text(encoding="utf-8").split())
+    assert f"five of 24 runs end above it, by a factor of {max(above):.1f} at most" in guards
+
+
 def test_what_the_text_says_of_another_draw_is_what_was_read():
     [told] = committed("validation-draws")["draws"]
     findings = " ".join((ROOT / "docs" / "findings.md").read_text(encoding="utf-8").split())
@@ -187,7 +195,9 @@ def test_what_the_text_says_of_refusals_is_what_the_runs_were():
     usual, alone = asked("budget", 3), asked("none", 0)
     assert len(usual) == len(alone) == 12
     shares = [100 * made._learned(run, runs) for run in usual]
-    learned = f"learned {min(shares):.0f} % to {max(shares):.0f} % of the task"
+    # with a digit more: 95 % is what is aimed at
+    learned = f"learned {min(shares):.1f} % to {max(shares):.1f} % of the task"
+    benign = min(100 * made._learned(run, runs) for run in usual if "harmful" not in run["set"])
     (low, high), (most, least) = points(usual), points(alone)
     within = sum(abs(100 * run["refusal_change"]["value"]) <= 2 for run in usual)
     which, guards = (" ".join((ROOT / "docs" / name).read_text(encoding="utf-8").split()) for name in
@@ -198,6 +208,10 @@ def test_what_the_text_says_of_refusals_is_what_the_runs_were():
         assert learned in text
         assert nats(usual) in text
     assert f"within two points in {within} of 12" in guards
+    assert f"{benign:.1f} % at least on the benign sets" in guards
+    lost = [-60 * run["refusal_change"]["value"] for run in usual if abs(100 * run["refusal_change"]["value"]) > 2]
+    assert lost == pytest.approx([2, 2, 2])
+    assert "The other three lost two prompts of sixty" in guards
     for regime in ("lora-adamw", "full-adamw"):
         ratios = [run["step_time_ratio"] for run in usual if run["regime"] == regime]
         assert f"{min(ratios):.1f}x to {max(ratios):.1f}x" in guards

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -86,4 +87,11 @@ def test_another_draw_deals_the_same_prompts_and_runs(made: Any, done: tuple[Pla
         made.judge(replace(plan, options=replace(plan.options, groups=2)), out, 1)
     with pytest.raises(SystemExit, match="is a run of another plan"):
         made.dealt_trial(replace(plan, options=replace(plan.options, response_tokens=5)), out, cell, order)
+    record = out / "draws" / f"1-{cell.assessment}" / store.RECORD
+    whole = record.read_text(encoding="utf-8")
+    record.write_text(json.dumps({**json.loads(whole), "predictors": {}}), encoding="utf-8")
+    with pytest.raises(SystemExit, match="was made without the canary; delete it"):
+        made.judge(plan, out, 1)
+    record.write_text(whole, encoding="utf-8")
+    os.utime(record, ns=(stamps[record], stamps[record]))
     assert stamps == {path: path.stat().st_mtime_ns for path in (out / "draws").rglob("*")}

@@ -306,6 +306,16 @@ def test_a_guard_may_be_run_in_some_regimes_and_seeds_only(tmp_path: Path) -> No
     ]
 
 
+def test_a_guard_that_no_fine_tune_would_have_is_told(tmp_path: Path) -> None:
+    start, end = PLAN.index("regimes:"), PLAN.index("options:")
+    once = PLAN[start:end].removeprefix("regimes:\n").replace("lora:\n    recipe", "full:\n    seeds: [0]\n    recipe")
+    text = "seeds: [0, 1]\n" + PLAN[:end] + once + PLAN[end:]
+    assert len(plan_of(tmp_path, text).cells()) == 12
+    never = text.replace("budget_kl: 2.0e-5", "regimes: [full], seeds: [1]")
+    with pytest.raises(InputError, match="guard budget is never run: none of its regimes has one of its seeds"):
+        plan_of(tmp_path, never)
+
+
 def test_a_guard_that_cannot_protect_a_run_is_noted_and_the_plan_goes_on(tmp_path: Path) -> None:
     # safe_lora needs the model from before alignment, which the plan does not name
     text = PLAN.replace("max_steps: 12", "max_steps: 2").replace(
