@@ -198,7 +198,9 @@ def lines(record: Mapping[str, Any]) -> list[str]:
     if e0 is None:
         out.append(f"overlap     not measured: {record['reasons']['aic.initial_overlap']}")
     else:
-        out.append(f"overlap     e0 = {_interval(e0)} {null['unit']} (random direction: {null['value']:.2g})")
+        out.append(
+            f"overlap     e0 = {_interval(e0)} {null['unit']} (random direction: {_number(null['value'], '{:.2g}')})"
+        )
     crossover = aic["crossover"]
     when = "not told" if crossover is None or crossover["value"] is None else f"{crossover['value']:.2g} of flow time"
     if gamma is None:

@@ -194,7 +194,8 @@ def test_what_was_inside_is_asked_before_the_guard_moves(monkeypatch):
         torch.testing.assert_close(before, left, rtol=0, atol=2e-4)
         model.write(model.vector().add_(7.0))
 
-    def pulled(model, kl, target, budget, inside, known):
+    def pulled(model, kl, target, budget, inside, known, most):
+        assert most == 12
         given.append(inside)
         model.write(inside)
         return PulledBack(0.0, "back")

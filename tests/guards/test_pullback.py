@@ -21,13 +21,19 @@ class Counted:
 
     inner: Any
     calls: dict[str, int] = field(default_factory=lambda: {"gradient": 0, "losses": 0, "heldout": 0})
+    asked: list[Tensor | None] = field(default_factory=list)
 
     @property
     def divergence(self) -> Any:
         return self
 
+    @property
+    def m(self) -> int:
+        return int(self.inner.divergence.m)
+
     def gradient(self, weights: Tensor | None = None) -> Tensor:
         self.calls["gradient"] += 1
+        self.asked.append(weights)
         found: Tensor = self.inner.divergence.gradient(weights)
         return found
 
@@ -86,6 +92,24 @@ def test_a_shorter_step_that_is_worse_is_not_kept():
     found = _correct(model, 9.0, 3.6, 2 * x.detach().clone() / 2, 9.0)
     assert found == 0.1
     assert float(x) <= 1.0
+
+
+def test_in_large_spaces_a_fresh_gradient_is_of_some_examples_drawn_anew():
+    """KL goes down all the same; and no more examples are drawn than there are."""
+    _, model, anchor = strayed("adamw")
+    kl, m = model.safety.inner.heldout(), model.safety.inner.divergence.m
+    result = pull_back(model, kl, 1e-3 * kl, kl, anchor, None, 2)
+    assert result.kl < kl
+    drawn = model.safety.asked
+    assert len(drawn) == TRIES
+    assert m > 2
+    for weights in drawn:
+        assert weights.sum() == pytest.approx(1.0)
+        assert (weights > 0).sum() == 2
+    assert not torch.equal(*drawn)
+    _, model, anchor = strayed("adamw")
+    pull_back(model, kl, 1e-3 * kl, kl, anchor, None, m)
+    assert model.safety.asked[0] is None
 
 
 @pytest.mark.parametrize("share", [0.5, 1e-2, 1e-4])

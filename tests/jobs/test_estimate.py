@@ -65,6 +65,9 @@ CASES: dict[str, tuple[Recipe, dict[str, Any], bool]] = {
     "sgd, krylov, differences": (Recipe("sgd", steps=6, batch_size=2), {"krylov": 2, "groups": 4}, True),
     "lora": (Recipe(steps=6, batch_size=2, lora=LORA), {"score": "gauss-newton"}, False),
     "lora, sgd": (Recipe("sgd", steps=6, batch_size=2, lora=LORA), {"score": "sampled", "krylov": 2}, False),
+    "forecast only": (Recipe(steps=60, batch_size=2), {"forecast_only": True, "looks": 5, "grid": 5}, False),
+    "forecast only, sgd": (Recipe("sgd", steps=60, batch_size=2), {"forecast_only": True, "looks": 4}, False),
+    "forecast only, every step": (Recipe(steps=6, batch_size=2), {"forecast_only": True, "rank": 50}, False),
     "too few prompts for the rank": (Recipe(steps=6, batch_size=2), {"rank": 8, "score": "margin"}, False),
 }
 
@@ -87,7 +90,8 @@ def test_the_planned_passes_are_those_counted(
         assert sum(again.values()) < sum(planned.values()) / 3
     else:
         assert counted.tokens == planned
-    assert ("hvp" in counted.tokens) != difference
+    assert ("hvp" in counted.tokens) != (difference or options.forecast_only)
+    assert ("gram" in subject.spent.tokens) != (options.forecast_only or options.score == "gauss-newton")
     record = result.record
     torch.testing.assert_close(record["cost"]["estimated"]["fb_equivalents"], expected.fb_equivalents)
     store.check_values(record)

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 from tiltmeter import cli, commands_finetune
 from tiltmeter.errors import InputError, UnsupportedModel
 from tiltmeter.guards.names import GUARDS
+from tiltmeter.jobs import guarding
 from tiltmeter.jobs.finetune import finetune
 from tiltmeter.jobs.guarding import (
     ANSWER_TOKENS,
@@ -89,6 +90,30 @@ def test_a_guard_looks_at_so_many_tokens_of_an_answer(tokens):
     assert (labels[:, 1:] != -100).sum(-1).max() == tokens
     with pytest.raises(InputError, match="one token of an answer at least, got 0"):
         guard_callback("budget", opened, open_rows("demo:tiny-safety").rows, answer_tokens=0)
+
+
+@pytest.mark.parametrize("large", [False, True])
+def test_in_large_spaces_few_examples_span_the_directions_and_all_others_serve_as_before(large, monkeypatch):
+    """There each projection takes a JVP of them; the KL's gradients and the held-out look are of all."""
+    monkeypatch.setattr(guarding, "DENSE", 0 if large else guarding.DENSE)
+    opened = with_lora(open_model("demo:tiny"), Lora(2, 4.0), 0)
+    rows = open_rows("demo:tiny-safety").rows
+    callback = guard_callback("budget", opened, rows)
+    source, own = callback.source, 32
+    assert callback.guard.every == (guarding.EVERY_IN_LARGE_SPACES if large else 1)
+    assert (source.divergence.m, source.replay.m, source._heldout.m) == (own, own, 16)
+    assert source.scores.m == (guarding.SCORED_IN_LARGE_SPACES if large else own)
+    assert callback.guard.rank <= guarding.SCORED_IN_LARGE_SPACES
+    assert source.shift().shape == (source.scores.m,)
+    assert source.sensitivity(4).basis.coefficients.shape[0] == source.scores.m
+    assert guard_callback("gradient", opened, rows).source.scores.m == own
+
+
+def test_the_examples_that_span_the_directions_are_spread_evenly():
+    opened = with_lora(open_model("demo:tiny"), Lora(2, 4.0), 0)
+    rows = open_rows("demo:tiny-safety").rows
+    every, some = (guarding.safety_source(opened, rows, scored=scored) for scored in (None, 8))
+    torch.testing.assert_close(some.scores.losses(), every.scores.losses()[::4], rtol=1e-5, atol=1e-6)
 
 
 def test_what_guards_look_at_by_default_is_one_number():

@@ -22,12 +22,14 @@ SUMS = tuple({"prompt": f"What is {i} plus {i}?", "completion": f"It is {2 * i}.
 SMALL = Options(rank=2, response_tokens=5, grid=3, max_tokens=100)
 
 
-def made(make_llama: Any, make_tokenizer: Any, prompts: int = 6, **changes: Any) -> Assessment:
+def made(
+    make_llama: Any, make_tokenizer: Any, prompts: int = 6, recipe: Recipe | None = None, **changes: Any
+) -> Assessment:
     options = Options(**{**vars(SMALL), **changes})
     model = make_llama()
     opened = with_lora(Opened(Loaded(model, make_tokenizer(), "small", digest_of(model), 256)), None, 0)
     subject = measure_subject(opened, RowSet("locks", LOCKS[:prompts], "d1"), None, options)
-    recipe = Recipe(learning_rate=1e-4, steps=5, batch_size=2)
+    recipe = recipe or Recipe(learning_rate=1e-4, steps=5, batch_size=2)
     return assess_subject(subject, RowSet("sums", SUMS, "d2"), recipe, options)
 
 
@@ -124,6 +126,40 @@ def test_without_the_coupling_the_overlap_stays_and_the_rest_is_null_with_a_reas
     said = "\n".join(lines(part))
     assert "coupling    not measured: left out (--no-coupling)" in said
     assert "overlap     e0 = " in said
+
+
+@pytest.mark.parametrize(("optimizer", "looks"), [("adamw", 16), ("adamw", 4), ("sgd", 4)])
+def test_the_forecast_alone_is_the_same_forecast_for_fewer_passes(
+    make_llama: Any, make_tokenizer: Any, optimizer: str, looks: int
+) -> None:
+    """Only what nothing of the forecast is made from may be left out, and what is left out is null with its reason."""
+    long = Recipe(optimizer, learning_rate=1e-4, steps=12, batch_size=2)
+    whole, part = (
+        made(make_llama, make_tokenizer, looks=looks, recipe=long, forecast_only=only).record for only in (False, True)
+    )
+    store.check_values(part)
+    paths = whole["forecast"].pop("paths"), part["forecast"].pop("paths")
+    assert paths[0].pop("linear")
+    assert paths[0] == paths[1]
+    assert part["forecast"] == whole["forecast"]
+    assert (part["forecast"]["fewer_looks"] is None) == (looks == 16)
+    assert part["verdict"] == whole["verdict"]
+    assert part["cost"]["fb_equivalents"] < 0.75 * whole["cost"]["fb_equivalents"]
+    why = part["reasons"]
+    absent = ["aic.curvature_coupling", "aic.initial_overlap_random.value", "aic.projected_gradient.value",
+              "baselines.random_direction_kl.value", "baselines.random_direction_margin.value",
+              "layers.0.sensitivity"]  # fmt: skip
+    for path in (*absent, "spectrum"):
+        assert why[path] == "left out (--forecast-only)"
+    assert part["spectrum"] is None
+    # under SGD the interval of the KL is made of the overlap, so that it is known
+    assert (part["aic"]["initial_overlap"] is None) == (optimizer == "adamw")
+    if optimizer == "sgd":
+        assert part["aic"]["initial_overlap"] == whole["aic"]["initial_overlap"]
+    said = "\n".join(lines(part))
+    assert "spectrum    not measured: left out (--forecast-only)" in said
+    assert "coupling    not measured: left out (--forecast-only)" in said
+    assert ("overlap     not measured" in said) == (optimizer == "adamw")
 
 
 @pytest.mark.parametrize("scale", [1.0, 7.0])

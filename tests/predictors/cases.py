@@ -75,6 +75,7 @@ def world(
     measured = Measured(
         values,
         coupling.overlap_groups,
+        None,
         coupling,
         None,
         float(objective.losses().mean()),

@@ -96,6 +96,7 @@ def test_a_square_below_zero_is_unknown() -> None:
         ("gamma_full", replace(w.case.measured, coupling=None, no_coupling="one batch")),
         ("polynomial", replace(w.case.measured, coupling=None, no_coupling="one batch")),
         ("initial_overlap", replace(w.case.measured, overlap_groups=None)),
+        ("random_direction", replace(w.case.measured, random_kl=None)),
         ("initial_overlap", replace(w.case.measured, overlap_groups=torch.full((3, 2, 2), -1.0, dtype=DOUBLE))),
     ):
         risk = PREDICTORS[name](replace(w.case, measured=measured))

@@ -43,6 +43,9 @@ DENSE = 2**26
 #: pull-back begins, and where it ends.
 FELT, NEAR, CEILING, RESERVE = 0.1, 0.6, 0.9, 0.85
 
+#: Examples that a pull-back's own gradients are taken of in large spaces, where a gradient is dear.
+MOST_PULLED = 12
+
 #: Weight of the past in the mean of safety gradients, where they are of other examples every step.
 REMEMBERED = 0.5
 
@@ -320,7 +323,8 @@ class CurvatureBudget:
         )
         retreated = False
         if kl > ceiling * budget and budget > 0:
-            result = pull_back(model, kl, RESERVE * budget, budget, inside, tensors.get("slope"))
+            most = MOST_PULLED if self.every > 1 else None
+            result = pull_back(model, kl, RESERVE * budget, budget, inside, tensors.get("slope"), most)
             retreated = result.retreated
             self.memory.note(model.step, f"pulled back {result.how}", f"held-out KL {kl:.2e} -> {result.kl:.2e} nats")
             kl = result.kl

@@ -22,6 +22,7 @@ from tiltmeter.lm.gram import combine, gram
 from tiltmeter.lm.model import trainable, undisturbed
 from tiltmeter.lm.objective import likelihood_objective
 from tiltmeter.lm.processes import agreed
+from tiltmeter.lm.safety import spread
 from tiltmeter.lm.scores import score_loss
 
 #: Of this many safety examples one is held out.
@@ -93,7 +94,14 @@ class LanguageSafety:
     """
 
     def __init__(
-        self, model: Any, examples: Sequence[Example], pad_id: int, max_tokens: int = 2048, *, opening: int = 0
+        self,
+        model: Any,
+        examples: Sequence[Example],
+        pad_id: int,
+        max_tokens: int = 2048,
+        *,
+        opening: int = 0,
+        scored: int | None = None,
     ) -> None:
         """Measure the anchor: `model` must be the aligned model, before any training.
 
@@ -103,6 +111,8 @@ class LanguageSafety:
             pad_id: token to pad with.
             max_tokens: per micro-batch.
             opening: first tokens of every answer over which the KL is taken where it is more than over the whole.
+            scored: most examples whose scores span the sensitive directions, spread evenly over the guard's own; None
+                for all of these.
 
         Raises:
             DataError: fewer than `HELD_OUT_EVERY` examples.
@@ -120,9 +130,10 @@ class LanguageSafety:
         with undisturbed(model):
             forward = Forward(model, trainable(model, parts=True))
             self.passes = forward.passes
-            self._score = likelihood_objective(forward, own, pad_id, max_tokens, per="root")
+            some = own if scored is None else [own[i] for i in spread(len(own), scored)]
+            self._score = likelihood_objective(forward, some, pad_id, max_tokens, per="root")
             divergence, apart = (
-                divergence_objective(forward, some, pad_id, max_tokens, opening=opening) for some in (own, held)
+                divergence_objective(forward, answers, pad_id, max_tokens, opening=opening) for answers in (own, held)
             )
             self._divergence, self._heldout = Undisturbed(divergence, model), Undisturbed(apart, model)
             self._replay = Undisturbed(likelihood_objective(forward, own, pad_id, max_tokens, per="token"), model)

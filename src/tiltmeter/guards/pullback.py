@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from tiltmeter.geometry.space import dot, multiply
+from tiltmeter.guards.safety import draw
 from tiltmeter.guards.trainee import Trainee
 
 #: Corrections along fresh safety gradients before the last resort. More bring little: by then the guard's own examples
@@ -37,7 +38,13 @@ class PulledBack:
 
 
 def pull_back(
-    model: Trainee, kl: float, target: float, budget: float, inside: Tensor | None, known: Tensor | None = None
+    model: Trainee,
+    kl: float,
+    target: float,
+    budget: float,
+    inside: Tensor | None,
+    known: Tensor | None = None,
+    most: int | None = None,
 ) -> PulledBack:
     """Lower the held-out KL to `target` if that is cheap, and below `budget` in any case.
 
@@ -51,19 +58,22 @@ def pull_back(
         budget: held-out KL that must not be exceeded.
         inside: weights [n] that were within the budget; None if none are known, and then there is no way back.
         known: a recent gradient of the safety KL [n], if there is one.
+        most: examples that a fresh gradient is taken of, drawn anew each time; None for all.
 
     Cost: at most three forward passes over the held-out examples along the known gradient; for each of at most `TRIES`
-        fresh ones two forward passes and a backward one over the guard's own besides; at most seven more held-out
-        passes on the way back.
+        fresh ones besides a forward pass over the guard's own and a forward and a backward one over `most` of them; at
+        most seven more held-out passes on the way back.
     """
     tries = 0
     if known is not None:  # of examples whose KL is not known now: the held-out one stands for it
         kl, tries = _correct(model, kl, target, known, kl), 1
-    for _ in range(TRIES):
+    divergence = model.safety.divergence
+    for i in range(TRIES):
         if kl <= target:
             break
-        own = float(model.safety.divergence.losses().mean())
-        now = _correct(model, kl, target, model.safety.divergence.gradient(), own)
+        own = float(divergence.losses().mean())
+        drawn = None if most is None or most >= divergence.m else draw(divergence.m, most, model.seed + model.step + i)
+        now = _correct(model, kl, target, divergence.gradient(drawn), own)
         tries += 1
         if now == kl:
             break

@@ -60,9 +60,12 @@ def plan(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options) -> 
     planned = Passes()
     clock = recipe.clock()
     grid = clock.grid(options.grid)
-    points = len(grid) * (1 + bool(krylov) + options.curved) + 1
-    gradients = (1 + options.curved) * rows
     fewer, most = options.both_looks(recipe.steps)
+    only = options.forecast_only
+    first = Rehearsal(recipe.metric, clock, fewer).stretches()[0][1]
+    straight = sum(step <= first for step in grid) if only else len(grid) + 1  # and a random displacement
+    points = straight + len(grid) * (bool(krylov) + options.curved)
+    gradients = (1 + options.curved) * rows
     for looks, before in (((fewer, most - 1),) if fewer < most else ()) + ((most, 0),):
         stretches = Rehearsal(recipe.metric, clock, looks).stretches()
         later = sum(step > stretches[0][1] for step in grid)
@@ -74,8 +77,8 @@ def plan(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options) -> 
     planned.add("jvp", rows)
     # Fisher forms: the groups as they are and as Adam makes them, and H g twice
     tried = False  # how Hessian products are best taken
-    forms = [groups, *([groups] if recipe.optimizer != "sgd" else [])]
-    if groups > 1 and options.coupling:
+    forms = [groups, *([groups] if recipe.optimizer != "sgd" and not only else [])]
+    if groups > 1 and options.coupling and not only:
         forms.append(2)
         if subject.hessian == "exact":
             planned.add("hvp", rows)

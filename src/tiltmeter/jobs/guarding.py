@@ -39,6 +39,9 @@ OPENING_TOKENS = 3
 #: Steps between two projections where the directions are too many numbers to keep.
 EVERY_IN_LARGE_SPACES = 4
 
+#: Examples whose scores span the directions there: each projection takes a JVP of them.
+SCORED_IN_LARGE_SPACES = 12
+
 
 def guard_named(
     name: str,
@@ -120,6 +123,7 @@ def safety_source(
     max_length: int = 512,
     response_tokens: int = ANSWER_TOKENS,
     opening_tokens: int = 0,
+    scored: int | None = None,
 ) -> LanguageSafety:
     """What guards may know of the model's safety, from safety prompts; one in three is held out.
 
@@ -131,6 +135,7 @@ def safety_source(
         response_tokens: tokens of every answer that count. KL is a mean over them, and a refusal is decided in the
             first few: a budget per token allows the more there, the longer they are.
         opening_tokens: so many first ones over which the KL is taken where it is more than over all; 0 for none.
+        scored: most of the guard's own prompts whose scores span the sensitive directions; None for all.
 
     Raises:
         InputError: `response_tokens` is below one, or `opening_tokens` below zero.
@@ -150,7 +155,8 @@ def safety_source(
         compliance_opening=opened.compliance_opening,
     )
     responses = [example.answered().opened(response_tokens) for example in prepared.responses]
-    return LanguageSafety(opened.loaded.model, responses, opened.loaded.tokenizer.pad_token_id, opening=opening_tokens)
+    model, pad = opened.loaded.model, opened.loaded.tokenizer.pad_token_id
+    return LanguageSafety(model, responses, pad, opening=opening_tokens, scored=scored)
 
 
 @dataclass(frozen=True)
@@ -276,5 +282,9 @@ def guard_callback(
     guard = guard_named(name, opened, strength=strength, budget_kl=budget_kl, tuning=tuning, base=base)
     with torch.random.fork_rng(devices=[]):
         opening = usual_opening(name) if opening_tokens is None else opening_tokens
-        source = safety_source(opened, safety_rows, response_tokens=answer_tokens, opening_tokens=opening)
+        large = isinstance(guard, CurvatureBudget) and guard.every > 1
+        scored = SCORED_IN_LARGE_SPACES if large else None
+        source = safety_source(
+            opened, safety_rows, response_tokens=answer_tokens, opening_tokens=opening, scored=scored
+        )
         return GuardCallback(guard, source, seed)

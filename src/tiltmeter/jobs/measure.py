@@ -26,7 +26,7 @@ from tiltmeter.geometry.path import CurvedPath, KrylovPath, LinearPath, pieces
 from tiltmeter.geometry.rehearsal import Rehearsal
 from tiltmeter.geometry.space import dot, norm
 from tiltmeter.jobs.recipe import Recipe
-from tiltmeter.jobs.subject import Options, Report, Subject, random_direction
+from tiltmeter.jobs.subject import FORECAST_ONLY, Options, Report, Subject, random_direction
 from tiltmeter.jobs.tuning import Tuning
 from tiltmeter.lm.gram import per_layer_name
 from tiltmeter.lm.memory import release
@@ -63,12 +63,13 @@ class Findings:
         overlap_groups: g_i' F g_j per prompt for the groups of batches under gradient flow, [m, J, J]; None if J = 1.
         coupling: overlap and curvature coupling under gradient flow, or None with a reason.
         no_coupling: why not.
-        random_overlap: overlap of a random direction of the gradient's norm.
+        no_overlap: why `overlap_groups` is None.
+        random_overlap: overlap of a random direction of the gradient's norm; None if the forecast alone is asked for.
         ritz: Ritz values of the task Hessian, if a Krylov space was built.
-        values: path name -> quantities at `steps`.
+        values: path name -> quantities at `steps`; the straight one only where more than the forecast is asked for.
         check: a rehearsal with half as many looks at the gradient; None where every step has a look of its own.
         look_rows: tuning rows in each look of the reported rehearsal; the whole sample in the first.
-        random_walk: KL [m] and margin [m] after a random displacement as long as the forecast's.
+        random_walk: KL [m] and margin [m] after a random displacement as long as the forecast's; None likewise.
         length: norm of the forecast displacement at the end.
         noise: what the finite tuning sample and the luck of one run's batches do to margin and KL, on a straight path.
         rehearsed: the same on the rehearsal.
@@ -82,14 +83,15 @@ class Findings:
     batch_norms: Tensor
     projected: float | None
     overlap_groups: Tensor | None
+    no_overlap: str | None
     coupling: Coupling | None
     no_coupling: str | None
-    random_overlap: float
+    random_overlap: float | None
     ritz: Tensor | None
     values: dict[str, PathValues]
     check: Judge | None
     look_rows: tuple[int, ...]
-    random_walk: tuple[Tensor, Tensor]
+    random_walk: tuple[Tensor, Tensor] | None
     length: float
     noise: RowNoise
     rehearsed: RowNoise
@@ -101,7 +103,9 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
 
     Cost: a gradient of the tuning sample, one of a recipe's batch for each further look of both rehearsals, and one
     Hessian product; 2 groups + 4 directional passes over the answers; a forward pass over prompts, answers and openings
-    for every grid step, and one for each rehearsal where it has left the straight path.
+    for every grid step, and one for each rehearsal where it has left the straight path. Of the forecast alone: one
+    gradient, those of the looks, `groups` directional passes, and no step of the straight path that neither rehearsal
+    begins with.
     """
     clock, metric = recipe.clock(), recipe.metric
     report = _releasing(report)
@@ -115,15 +119,16 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
             f"the gradient of the tuning loss has norm {size}; expected a positive number. "
             "Either nothing in the tuning set is supervised, or the model already predicts it with certainty."
         )
-    random_overlap = size * math.sqrt(subject.random_form)
+    random_overlap = None if subject.random_form is None else size * math.sqrt(subject.random_form)
     projected = None
     if subject.sensitivity is not None:
         projected = float(subject.sensitivity.coordinates(slope.mean).double().norm())
     report("curvature of the tuning loss")
-    alone = len(slope.groups) < 2 or not options.coupling
+    alone = len(slope.groups) < 2 or not options.coupling or options.forecast_only
     acceleration = None if alone else measure_acceleration(objective, slope)
     report("overlap")
-    overlap = divergence.fisher_form(slope.groups)
+    # under SGD the interval of the KL is made of it
+    overlap = None if options.forecast_only and isinstance(metric, Adam) else divergence.fisher_form(slope.groups)
     groups = list(slope.groups)
     slope = replace(
         slope, groups=()
@@ -132,11 +137,14 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
     forms = _forms(subject, metric, slope, groups, overlap)
     report("curvature coupling")
     coupling = None if acceleration is None else measure_coupling(divergence, slope, acceleration, overlap)
+    single = SINGLE if len(forms) == 1 else None
     del acceleration
     linear = LinearPath(metric, clock, slope, _decayed(subject, recipe))
     grid, covered = clock.grid(options.grid), metric.flow_time(clock)
+    fewer, all_looks = options.both_looks(recipe.steps)
     report("straight path")
-    values = {"linear": follow(linear, grid, subject.standing)[0]}
+    straight = follow(linear, _straight_steps(linear, grid, fewer, options), subject.standing)[0]
+    values = {} if options.forecast_only else {"linear": straight}
     ritz = None
     if options.krylov and isinstance(metric, Sgd):
         report("Krylov space of the task Hessian")
@@ -150,20 +158,21 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
     # what drives both first stretches waits in three digits: in a look memory is fullest
     slope = replace(slope, mean=narrow(slope.mean))
     linear = replace(linear, slope=slope)
-    fewer, all_looks = options.both_looks(recipe.steps)
     check = None
     if fewer < all_looks:
         report("rehearsal with few looks")
-        few = _rehearse(subject, tuning, linear, fewer, all_looks - 1, recipe, values["linear"])
+        few = _rehearse(subject, tuning, linear, fewer, all_looks - 1, recipe, straight, grid)
         check = few.values, few.mixture
         del few  # its end is as large as the model
     report("rehearsal")
-    most = _rehearse(subject, tuning, linear, all_looks, 0, recipe, values["linear"])
+    most = _rehearse(subject, tuning, linear, all_looks, 0, recipe, straight, grid)
     values["rehearsed"], look_rows, mixture = most.values, most.rows, most.mixture
     length, sample = norm(most.end), len(tuning.encoded.examples)
     layer_slopes = _layer_slopes(subject, most.end, float(covered[-1]))
-    walk = random_direction(subject.forward, length, options.seed)
     del most
+    walk = None
+    if not options.forecast_only:
+        walk = subject.standing(random_direction(subject.forward, length, options.seed))
     every = sample / len(forms), metric, clock, recipe.batch_size, sample, tuning.usable
     noise = row_noise(rows, forms, *every)
     return Findings(
@@ -173,15 +182,16 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
         size,
         slope.norms,
         projected,
-        overlap if overlap.shape[-1] > 1 else None,
+        None if single else overlap,
+        single or (FORECAST_ONLY if overlap is None else None),
         coupling,
-        None if coupling is not None else SINGLE if overlap.shape[-1] == 1 else NOT_ASKED,
+        None if coupling is not None else single or (FORECAST_ONLY if options.forecast_only else NOT_ASKED),
         random_overlap,
         ritz,
         values,
         None if check is None else Judge(check[0], replace(noise, path=check[1])),
         look_rows,
-        subject.standing(walk),
+        walk,
         length,
         noise,
         replace(noise, path=mixture),
@@ -197,6 +207,14 @@ def _releasing(report: Report) -> Report:
         report(stage)
 
     return begin
+
+
+def _straight_steps(linear: LinearPath, grid: Sequence[int], looks: int, options: Options) -> Sequence[int]:
+    """Steps at which the straight path is read: all, or, of the forecast alone, those before the first turn."""
+    if not options.forecast_only:
+        return grid
+    first = Rehearsal(linear.metric, linear.clock, looks).stretches()[0][1]  # with fewer looks it is the longer one
+    return [step for step in grid if step <= first]
 
 
 def _curved(
@@ -235,6 +253,7 @@ def _rehearse(
     before: int,
     recipe: Recipe,
     straight: PathValues,
+    grid: Sequence[int],
 ) -> _Rehearsed:
     """A rehearsal whose first look is the anchor's.
 
@@ -245,7 +264,8 @@ def _rehearse(
         looks: how many.
         before: looks of another rehearsal that have had their rows already.
         recipe: of the run.
-        straight: what was read along the straight path.
+        straight: what was read along the straight path, in the first stretch at least.
+        grid: steps to read at.
 
     Cost: a gradient of `rows_in_look` rows for every look but the first, a reading of KL and margin for every grid step
         after the first stretch.
@@ -254,7 +274,7 @@ def _rehearse(
     stretches = path.stretches()
     members = [range(len(tuning.encoded.examples)), *(tuning.members(before + i) for i in range(len(stretches) - 1))]
     rows, mixture = tuple(map(len, members)), path.mixture(members, tuning.distinct)
-    later = [step for step in straight.steps if step > stretches[0][1]]
+    later = [step for step in grid if step > stretches[0][1]]
     if not later:  # the anchor's gradient drives it all
         return _Rehearsed(straight, rows, mixture, linear.displacement(linear.clock.steps))
 
@@ -293,9 +313,9 @@ def _row_slopes(
     return losses, kept * (pulled - counts * pulled.sum() / counts.sum())
 
 
-def _forms(subject: Subject, metric: Adam | Sgd, slope: Slope, groups: list[Tensor], overlap: Tensor) -> Tensor:
+def _forms(subject: Subject, metric: Adam | Sgd, slope: Slope, groups: list[Tensor], overlap: Tensor | None) -> Tensor:
     """Fisher forms [J, J] of the groups' directions in the optimiser's metric, mean over prompts; empties `groups`."""
-    if isinstance(metric, Sgd):
+    if isinstance(metric, Sgd) and overlap is not None:
         return overlap.mean(0)
     directions = []
     while groups:

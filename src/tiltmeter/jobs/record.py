@@ -19,7 +19,7 @@ from tiltmeter.jobs.measure import Findings
 from tiltmeter.jobs.outlook import Outlook
 from tiltmeter.jobs.provenance import provenance
 from tiltmeter.jobs.recipe import Recipe
-from tiltmeter.jobs.subject import Options, Subject, layer_sensitivity
+from tiltmeter.jobs.subject import FORECAST_ONLY, Options, Subject, layer_sensitivity
 from tiltmeter.jobs.tuning import Tuning
 from tiltmeter.lm.four_bit import count, dtype_name
 
@@ -151,14 +151,17 @@ def _aic(subject: Subject, found: Findings, options: Options, why: Reasons) -> d
     """The Alignment Instability Condition under gradient flow, whatever the recipe's optimiser."""
     per_time, per_square = "nats^1/2 per flow time", "nats^1/2 per flow time squared"
     out: dict[str, Any] = {
-        "initial_overlap_random": {"value": found.random_overlap, "unit": per_time},
+        "initial_overlap_random": {
+            "value": why.number("aic.initial_overlap_random.value", found.random_overlap, FORECAST_ONLY),
+            "unit": per_time,
+        },
         "clock": "gradient flow: flow time is the sum of learning rates of plain gradient descent",
     }
     noise = "the square came out below zero: indistinguishable from zero at this sample size"
     e0: dict[str, Any] = {"value": None}
     if found.overlap_groups is None:
         out["initial_overlap"] = None
-        why["aic.initial_overlap"] = str(found.no_coupling)
+        why["aic.initial_overlap"] = str(found.no_overlap)
     else:
         e0 = _root(between_groups(found.overlap_groups), options.level, per_time, "aic.initial_overlap", noise, why)
         out["initial_overlap"] = e0
@@ -325,8 +328,10 @@ def _forecast(subject: Subject, found: Findings, outlook: Outlook, why: Reasons)
 
 
 def _baselines(subject: Subject, found: Findings, recipe: Recipe, why: Reasons) -> dict[str, Any]:
-    kl, margin = found.random_walk
-    norms = found.batch_norms
+    kl, change, norms = None, None, found.batch_norms
+    if found.random_walk is not None:
+        kl = float(found.random_walk[0].mean())
+        change = float((found.random_walk[1] - subject.anchor_margin).mean())
     return {
         "gradient_norm": {"value": found.gradient_norm, "unit": "nats per parameter unit, after clipping"},
         "batch_gradient_norm": {
@@ -338,9 +343,12 @@ def _baselines(subject: Subject, found: Findings, recipe: Recipe, why: Reasons) 
         "tuning_loss": {"value": found.tuning_loss, "unit": "nats per token"},
         "steps_times_learning_rate": {"value": recipe.steps * recipe.learning_rate, "unit": "flow time"},
         "displacement": {"value": found.length, "unit": "parameter units, at the end of the recipe"},
-        "random_direction_kl": {"value": float(kl.mean()), "unit": "nats per token, equal displacement"},
+        "random_direction_kl": {
+            "value": why.number("baselines.random_direction_kl.value", kl, FORECAST_ONLY),
+            "unit": "nats per token, equal displacement",
+        },
         "random_direction_margin": {
-            "value": float((margin - subject.anchor_margin).mean()),
+            "value": why.number("baselines.random_direction_margin.value", change, FORECAST_ONLY),
             "unit": "nats of change, equal displacement",
         },
     }
@@ -348,13 +356,14 @@ def _baselines(subject: Subject, found: Findings, recipe: Recipe, why: Reasons) 
 
 def _layers(subject: Subject, found: Findings, why: Reasons) -> list[dict[str, Any]]:
     shares = {} if subject.gram is None else layer_sensitivity(subject.gram)
+    none = "no Gram matrix was formed for this score" if subject.score or subject.sensitivity else FORECAST_ONLY
     sizes: dict[str, int] = {}
     for name, part, _ in subject.forward.whole.slices():
         layer = subject.layer_of(name)
         sizes[layer] = sizes.get(layer, 0) + part.stop - part.start
     out = []
     for i, (layer, slope) in enumerate(found.layer_slopes.items()):
-        share = why.number(f"layers.{i}.sensitivity", shares.get(layer), "no Gram matrix was formed for this score")
+        share = why.number(f"layers.{i}.sensitivity", shares.get(layer), none)
         out.append({"name": layer, "sensitivity": share, "margin_slope": slope, "parameters": sizes[layer]})
     return out
 

@@ -37,6 +37,9 @@ from tiltmeter.lm.scores import Score, sampled_labels, score_loss
 #: Tokens per micro-batch in a large space, where vectors of the space take the memory.
 LARGE_TOKENS = 192
 
+#: Why what the forecast does without is not there.
+FORECAST_ONLY = "left out (--forecast-only)"
+
 
 class Report(Protocol):
     """Receives the name of each stage as it begins."""
@@ -70,6 +73,8 @@ class Options:
         curved: whether to follow the curved path too (a gradient of the whole sample more).
         krylov: Hessian products for the Krylov path of SGD; 0 for none.
         coupling: whether to measure the curvature coupling (gamma, crossover); the forecast does without.
+        forecast_only: whether to leave out all that the forecast does without: the coupling, the safety subspace, the
+            overlap (but under SGD, where the interval needs it) and random directions.
         max_tokens: most tokens per micro-batch.
         memory_gb: largest memory the assessment may take; micro-batches are made small enough. None for no limit.
         level: of the intervals.
@@ -92,6 +97,7 @@ class Options:
     curved: bool = False
     krylov: int = 0
     coupling: bool = True
+    forecast_only: bool = False
     max_tokens: int = 512
     memory_gb: float | None = None
     level: float = 0.9
@@ -126,7 +132,8 @@ class Subject:
         margin_gradient: gradient of minus the mean margin, [n].
         sensitivity: the safety subspace, or None.
         no_sensitivity: why there is none.
-        random_form: u' F u of a random direction u of length one, mean over prompts: what any direction overlaps.
+        random_form: u' F u of a random direction u of length one, mean over prompts: what any direction overlaps; None
+            where the forecast alone is asked for.
         split_half: overlap of the subspaces of random halves of the prompts, or None.
         gram: per-parameter inner products of the scores, or None where no Gram matrix was formed.
         score: per-example scores, or None.
@@ -149,7 +156,7 @@ class Subject:
     margin_gradient: Tensor
     sensitivity: Sensitivity | None
     no_sensitivity: str | None
-    random_form: float
+    random_form: float | None
     split_half: Tensor | None
     gram: Gram | None
     score: LanguageObjective | None
@@ -218,8 +225,9 @@ def measure_subject(
     Raises:
         DegenerateError: the prompts do not determine `options.rank` directions.
 
-    Cost: answers of the model, one forward pass over answers and openings each, one Gram matrix, one gradient of the
-        margin, one JVP of the answers, and two forward passes over the longest prompt.
+    Cost: answers of the model, one forward pass over answers and openings each, one gradient of the margin, and two
+        forward passes over the longest prompt; one Gram matrix and one JVP of the answers unless the forecast alone is
+        asked for.
     """
     begin = time.perf_counter()
     loaded = opened.loaded
@@ -233,7 +241,7 @@ def measure_subject(
     if safety is None:
         report("answers of the aligned model")
         safety = answer_safety(opened, rows, options, forward.passes)
-    if options.rank > safety.m:
+    if options.rank > safety.m and not options.forecast_only:
         raise DegenerateError(
             f"asked for {options.rank} sensitive directions but only {safety.m} safety prompts can be used. "
             f"Add safety prompts or ask for rank <= {safety.m}."
@@ -261,14 +269,17 @@ def measure_subject(
     if forward.whole.size > LARGE:  # it serves to tell shares and sampling errors: three digits are enough
         margin_gradient = margin_gradient.to(torch.bfloat16)
     release()
-    report("safety subspace")
-    score = _score(forward, safety, options, pad)
-    products, sensitivity, reason, halves = _subspace(score, divergence, options)
-    release()
-    random = random_direction(forward, 1.0, options.seed)
-    random_form = float(divergence.fisher_form([random])[:, 0, 0].mean())
-    del random
-    release()
+    score, random_form = None, None
+    products, sensitivity, reason, halves = None, None, FORECAST_ONLY, None
+    if not options.forecast_only:
+        report("safety subspace")
+        score = _score(forward, safety, options, pad)
+        products, sensitivity, reason, halves = _subspace(score, divergence, options)
+        release()
+        random = random_direction(forward, 1.0, options.seed)
+        random_form = float(divergence.fisher_form([random])[:, 0, 0].mean())
+        del random
+        release()
     return Subject(
         opened,
         forward,

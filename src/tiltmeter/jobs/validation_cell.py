@@ -36,17 +36,7 @@ def foretold_cell(
         trial: what was measured.
     """
     why = Reasons({k: v for k, v in assessment["reasons"].items() if k.startswith(("predictors.", "recipe."))})
-    forecast = assessment["forecast"]
-    anchor = arrays["anchor_margin"].double()[None]
-    told = crossing([0, *forecast["steps"]], torch.cat([anchor, arrays["rehearsed.margin"].double()]))
-    predicted: dict[str, Any] = {"steps": forecast["steps"], "horizon_steps": forecast["horizon_steps"]}
-    for key in ("margin_change", "safety_kl"):
-        predicted[key] = {end: forecast[key][end] for end in ("value", "low", "high", "unit")}
-        _known(predicted[key], f"predicted.{key}", why)
-    for key, curve in forecast.get("same_prompts", {}).items():  # older versions had none
-        ends = predicted.setdefault("same_prompts", {}).setdefault(key, {end: curve[end] for end in ("low", "high")})
-        _known(ends, f"predicted.same_prompts.{key}", why)
-    predicted["collapse_step"] = why.number("predicted.collapse_step", told, "no collapse is foretold")
+    predicted = predicted_of(assessment, arrays, why)
     measured = _measured_of(plan, trial, why)
     recipe = cell.recipe.as_dict()
     if recipe["lora"] is None:
@@ -68,16 +58,36 @@ def foretold_cell(
         "predictors": assessment["predictors"],
         **_guard_of(plan, cell, trial, why),
         "measured": measured,
-        "cost": {
-            "assessment_seconds": assessment["cost"]["seconds"],
-            "assessment_passes": assessment["cost"]["fb_equivalents"] * assessment["cost"]["data_tokens"]
-            / max(1, assessment["tuning"]["tokens"]),
-            "sample_tokens": assessment["tuning"]["tokens"],
-            "sample_rows": assessment["tuning"]["used"],
-            "trial_seconds": trial.seconds,
-        },
+        "cost": {**cost_of(assessment), "trial_seconds": trial.seconds},
         "reasons": dict(why),
-    }  # fmt: skip
+    }
+
+
+def predicted_of(assessment: Mapping[str, Any], arrays: Mapping[str, Tensor], why: Reasons) -> dict[str, Any]:
+    """What a record of a run says of its forecast; arguments as for `foretold_cell`, `why` is added to."""
+    forecast = assessment["forecast"]
+    anchor = arrays["anchor_margin"].double()[None]
+    told = crossing([0, *forecast["steps"]], torch.cat([anchor, arrays["rehearsed.margin"].double()]))
+    predicted: dict[str, Any] = {"steps": forecast["steps"], "horizon_steps": forecast["horizon_steps"]}
+    for key in ("margin_change", "safety_kl"):
+        predicted[key] = {end: forecast[key][end] for end in ("value", "low", "high", "unit")}
+        _known(predicted[key], f"predicted.{key}", why)
+    for key, curve in forecast.get("same_prompts", {}).items():  # older versions had none
+        ends = predicted.setdefault("same_prompts", {}).setdefault(key, {end: curve[end] for end in ("low", "high")})
+        _known(ends, f"predicted.same_prompts.{key}", why)
+    predicted["collapse_step"] = why.number("predicted.collapse_step", told, "no collapse is foretold")
+    return predicted
+
+
+def cost_of(assessment: Mapping[str, Any]) -> dict[str, Any]:
+    """What an assessment took: seconds, and passes over its own tuning sample."""
+    cost, tuning = assessment["cost"], assessment["tuning"]
+    return {
+        "assessment_seconds": cost["seconds"],
+        "assessment_passes": cost["fb_equivalents"] * cost["data_tokens"] / max(1, tuning["tokens"]),
+        "sample_tokens": tuning["tokens"],
+        "sample_rows": tuning["used"],
+    }
 
 
 def guarded_cell(plan: Plan, cell: Cell, trial: Trial, device: str) -> dict[str, Any]:

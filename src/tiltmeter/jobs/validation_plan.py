@@ -242,7 +242,8 @@ class Plan:
                 "safety": [self.safety, self.assessed, self.held_out],
                 "set": [[p.source, p.rows or 0, p.completion or "", p.shortest or 0] for p in cell.set.parts],
                 "recipe": repr(cell.recipe),
-                "options": repr(self.options),
+                # settings that were added since count only where they differ from what was before
+                "options": repr(self.options).replace(", forecast_only=False", ""),
                 **({} if self.options.level == USUAL_LEVEL else {"refusals": "of this level"}),
                 "predictors": list(cell.regime.predictors),
             }

@@ -57,13 +57,14 @@ class Measured:
 
     Attributes:
         paths: name -> KL and margin per prompt along the predicted path.
-        overlap_groups: products g_i' F g_j of groups of batches, [m, J, J], or None for a single group.
+        overlap_groups: products g_i' F g_j of groups of batches, [m, J, J], or None.
+        no_overlap: why not.
         coupling: overlap and curvature coupling under gradient flow, or None.
         no_coupling: why not.
         tuning_loss: mean loss, nats per token.
         gradient_norm: norm of the mean gradient.
         projected: its norm inside the safety subspace, or None.
-        random_kl: KL [m] after a random displacement as long as the forecast's.
+        random_kl: KL [m] after a random displacement as long as the forecast's, or None where none was asked for.
         covered: multiple of the initial direction after 0, 1, ... steps, [steps + 1].
         rehearsal_passes: gradients of the reported rehearsal, in gradients of the whole sample.
         margin_noise: standard deviation of the mean margin by the luck of one run's batches and of the sample, nats,
@@ -79,12 +80,13 @@ class Measured:
 
     paths: Mapping[str, PathValues]
     overlap_groups: Tensor | None
+    no_overlap: str | None
     coupling: Coupling | None
     no_coupling: str | None
     tuning_loss: float
     gradient_norm: float
     projected: float | None
-    random_kl: Tensor
+    random_kl: Tensor | None
     covered: Tensor
     rehearsal_passes: float
     margin_noise: Tensor

@@ -17,5 +17,5 @@ def initial_overlap(case: Case) -> Risk:
     groups = 1 if forms is None else forms.shape[-1]
     price = passes(case, tuning={"forward_backward": 1}, safety={"jvp": groups})
     if forms is None:
-        return Risk(None, UNIT, price, reason="a single tuning batch cannot tell the gradient from its noise")
+        return Risk(None, UNIT, price, reason=case.measured.no_overlap or "no overlap was measured")
     return root_of_mean(between_groups(forms), UNIT, price)
