@@ -3,16 +3,19 @@
 The measured side is read off the committed record, so that no run is made again; the forecasts are made anew, from the
 plan's own prompts. Ranks, sizes, intervals and cost are then those of `tiltmeter validate`.
 
-Run: python benchmarks/cheaper.py OUT [SETTING...] [--regime NAME]; the settings are below, all of them by default.
-Forecasts that are done are kept in OUT, and benchmarks/results/validation-cheaper.json is written from all settings
-whose forecasts are whole.
+Run: python benchmarks/cheaper.py OUT [SETTING...] [--regime NAME] [--set NAME...]; the settings are below, all of them
+by default, and the regimes and sets those of the plan. Forecasts that are done are kept in OUT;
+benchmarks/results/validation-cheaper.json and the table in docs/findings.md are written from all settings there.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
+import statistics
 import sys
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +24,7 @@ from typing import Any
 from torch import Tensor
 
 from tiltmeter import store
+from tiltmeter.geometry.objective import FORWARD_BACKWARD
 from tiltmeter.jobs.assess import examine_subject
 from tiltmeter.jobs.inputs import open_model
 from tiltmeter.jobs.predict import case_of, predict, risks_record
@@ -36,6 +40,8 @@ ROOT = Path(__file__).parent
 PLAN = ROOT / "plans" / "real.yaml"
 RUNS = ROOT / "results" / "validation.json"
 RESULT = ROOT / "results" / "validation-cheaper.json"
+FINDINGS = ROOT.parent / "docs" / "findings.md"
+BLOCK = re.compile(r"<!-- cheaper table -->.*?<!-- end of cheaper table -->", re.S)
 
 #: Settings by name: options that differ from the plan's. Of the forecast alone, without which nothing of it changes.
 SETTINGS: dict[str, dict[str, int]] = {
@@ -91,25 +97,50 @@ def retold(ran: Mapping[str, Any], assessment: Mapping[str, Any], arrays: Mappin
     }
 
 
-def cells_of(plan: Plan, record: Mapping[str, Any], regime: str | None) -> list[tuple[Cell, Mapping[str, Any]]]:
-    """Cells of the plan beside those of the record of its runs, regime by regime."""
+def cells_of(
+    plan: Plan, record: Mapping[str, Any], regime: str | None, sets: Sequence[str]
+) -> list[tuple[Cell, Mapping[str, Any]]]:
+    """Cells of the plan beside those of the record of its runs, regime by regime; no sets are all."""
     ran = {cell["name"]: cell for cell in record["cells"]}
     found = [(cell, ran[cell.name]) for cell in plan.cells() if cell.name in ran]
     for cell, held in found:
         if held["recipe"] != cell.recipe.as_dict():
             sys.exit(f"{cell.name} was run with another recipe than the plan has now")
-    return sorted(
-        (pair for pair in found if regime in (None, pair[0].regime.name)), key=lambda pair: pair[0].regime.name
-    )
+    kept = [
+        (cell, held)
+        for cell, held in found
+        if regime in (None, cell.regime.name) and (not sets or cell.set.name in sets)
+    ]
+    if not kept:
+        sys.exit(f"no run of {RUNS.name} is of regime {regime} and of the sets {', '.join(sets)}")
+    return sorted(kept, key=lambda pair: pair[0].regime.name)
 
 
-def judge(plan: Plan, out: Path, setting: str, record: Mapping[str, Any], regime: str | None) -> dict[str, Any]:
+def share_of(cell: Mapping[str, Any]) -> float:
+    """Cost of a cell's assessment as a share of 100 steps of eight rows, each as long as the sample's on average."""
+    cost = cell["cost"]
+    return float(cost["assessment_passes"] * cost["sample_rows"] / 800)
+
+
+def shares_by_kind(assessment: Mapping[str, Any]) -> dict[str, float]:
+    """The same of an assessment by kinds of passes."""
+    cost, tuning = assessment["cost"], assessment["tuning"]
+    tokens = 800 * tuning["tokens"] / tuning["used"]
+    return {
+        kind: FORWARD_BACKWARD[kind] * times * cost["data_tokens"] / tokens for kind, times in cost["passes"].items()
+    }
+
+
+def judge(
+    plan: Plan, out: Path, setting: str, record: Mapping[str, Any], regime: str | None = None, sets: Sequence[str] = ()
+) -> dict[str, Any]:
     """All forecasts of one setting against the runs."""
     plan = options_of(plan, setting)
     assessed = plan.split()[0]
     subject: Subject | None = None
-    measured, cells = "", []
-    for cell, ran in cells_of(plan, record, regime):
+    measured, cells, kinds = "", [], defaultdict[str, float](float)
+    taken = cells_of(plan, record, regime, sets)
+    for cell, ran in taken:
         folder = out / f"{setting.replace(' ', '-')}-{cell.assessment}"
         done = (folder / store.RECORD).is_file()
         if not done and measured != cell.regime.name:
@@ -117,7 +148,10 @@ def judge(plan: Plan, out: Path, setting: str, record: Mapping[str, Any], regime
             opened = with_lora(open_model(plan.model), cell.recipe.lora, plan.options.seed)
             with undisturbed(opened.loaded.model):
                 subject = measure_subject(opened, assessed, cell.recipe.lora, plan.options)
-        cells.append(retold(ran, *forecast(plan, None if done else subject, cell, folder)))
+        assessment, arrays = forecast(plan, None if done else subject, cell, folder)
+        cells.append(retold(ran, assessment, arrays))
+        for kind, share in shares_by_kind(assessment).items():
+            kinds[kind] += share
         print(f"{setting}: {cell.name}", flush=True)
     told = summary_of(plan, cells)
     why = {path: reason for path, reason in told["reasons"].items() if path.split(".")[0] in KEPT}
@@ -126,6 +160,8 @@ def judge(plan: Plan, out: Path, setting: str, record: Mapping[str, Any], regime
         "setting": setting,
         "options": SETTINGS[setting],
         **{key: told[key] for key in KEPT},
+        "share_by_kind": {kind: total / len(cells) for kind, total in sorted(kinds.items())},
+        "share_of_the_plan": statistics.fmean(share_of(ran) for _, ran in taken),
         "whole_runs_claimed": sum(horizons),
         "reasons": why,
     }
@@ -133,20 +169,38 @@ def judge(plan: Plan, out: Path, setting: str, record: Mapping[str, Any], regime
     return found
 
 
-def said(each: Mapping[str, Any]) -> str:
-    """One line of a setting."""
-    sizes = {
-        f"{prompts} {when}": "/".join(f"{100 * by[key]['median']:.0f}" for key in ("margin_change", "safety_kl"))
-        for prompts in ("assessed", "held_out")
-        for when, by in each["size_error"][prompts].items()
-        if when != "end_with_canary"
-    }
-    held = {key: value["cells"]["hits"] for key, value in each["coverage"]["assessed"].items()}
-    ranks = {
-        name: each["predictors"][name][key]["by_regime"] for name, key in zip(ASKED, ("margin", "kl"), strict=True)
-    }
+def table(told: Mapping[str, Any], record: Mapping[str, Any]) -> str:
+    """The findings' table as Markdown; its first row is what the plan itself asks for."""
+    columns = (
+        "looks, rows", "runs", "cost, % of 100 steps", "error at the end, assessed: margin / KL", "held-out",
+        "intervals that hold, assessed: margin, KL", "whole run claimed", "ranks under LoRA AdamW: margin, KL",
+    )  # fmt: skip
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    whole = sum(cell["predicted"]["horizon_steps"] == cell["recipe"]["steps"] for cell in record["cells"])
+    rows.append(_row("16, 84, everything", {**record, "whole_runs_claimed": whole}))
+    for each in told["settings"]:
+        held = {"looks": 16, "rehearsal_rows": 64, "max_tuning": 24, **each["options"]}
+        first = held["max_tuning"] + (held["looks"] - 1) * held["rehearsal_rows"] // held["looks"]
+        rows.append(_row(f"{held['looks']}, {first}, forecast only", each))
+    return "\n".join(rows)
+
+
+def _row(label: str, each: Mapping[str, Any]) -> str:
+    ends = [each["size_error"][prompts]["end"] for prompts in ("assessed", "held_out")]
+    sizes = [" / ".join(f"{100 * by[key]['median']:.0f} %" for key in ("margin_change", "safety_kl")) for by in ends]
+    cover = each["coverage"]["assessed"]
+    held = ", ".join(str(cover[key]["cells"]["hits"]) for key in ("margin_change", "safety_kl"))
     share = 100 * each["cost"]["share_of_100_steps_at_8"]
-    return f"{each['setting']}: {share:.1f} %, {sizes}, held {held} of {each['finished']}, {ranks}"
+    if "share_of_the_plan" in each and each["finished"] < 30:
+        share_text = f"{share:.0f} (everything: {100 * each['share_of_the_plan']:.0f})"
+    else:
+        share_text = f"{share:.0f}"
+    ranks = []
+    for name, key in zip(ASKED, ("margin", "kl"), strict=True):
+        value = each["predictors"][name][key]["by_regime"].get("lora-adamw")
+        ranks.append("not told" if value is None else f"{value:.2f}")
+    cells = [label, str(each["finished"]), share_text, *sizes, held, str(each["whole_runs_claimed"]), ", ".join(ranks)]
+    return f"| {' | '.join(cells)} |"
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -155,6 +209,7 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("out", type=Path)
     parser.add_argument("settings", nargs="*", metavar="SETTING", help=", ".join(SETTINGS))
     parser.add_argument("--regime", help="of the plan, by default all")
+    parser.add_argument("--set", dest="sets", action="append", default=[], help="of the plan, by default all; repeat")
     asked = parser.parse_args(given)
     names = asked.settings or list(SETTINGS)
     if unknown := [name for name in names if name not in SETTINGS]:
@@ -162,15 +217,18 @@ def main(given: Sequence[str] | None = None) -> None:
     plan, record = read_plan(PLAN), json.loads(RUNS.read_text(encoding="utf-8"))
     asked.out.mkdir(parents=True, exist_ok=True)
     for name in names:
-        told = judge(plan, asked.out, name, record, asked.regime)
-        print(said(told), flush=True)
-        if not asked.regime:
-            store.write_text(asked.out / f"{name.replace(' ', '-')}.json", json.dumps(told) + "\n")
+        told = judge(plan, asked.out, name, record, asked.regime, asked.sets)
+        store.write_text(asked.out / f"{name.replace(' ', '-')}.json", json.dumps(told) + "\n")
     held = [asked.out / f"{name.replace(' ', '-')}.json" for name in SETTINGS]
     settings = [json.loads(path.read_text(encoding="utf-8")) for path in held if path.is_file()]
     if settings:
         whole = {**provenance("cpu"), "runs": RUNS.name, "settings": settings}
         store.write_text(RESULT, json.dumps(whole, indent=1, allow_nan=False) + "\n")
+        block, text = table(whole, record), FINDINGS.read_text(encoding="utf-8")
+        print(block)
+        if not BLOCK.search(text):
+            sys.exit(f"{FINDINGS.name} has no place for the table")
+        store.write_text(FINDINGS, BLOCK.sub(f"<!-- cheaper table -->\n{block}\n<!-- end of cheaper table -->", text))
 
 
 if __name__ == "__main__":

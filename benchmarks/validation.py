@@ -2,9 +2,9 @@
 
 Run: python benchmarks/validation.py OUT [NAME], after tiltmeter validate PLAN -o OUT; `make validate` does both.
 NAME is that of the committed record, "validation" by default; only that one has its table in the README. The record
-"validation-guards" has its tables in docs/guards.md and docs/how-to/which-guard.md, "validation-refusals" one of its
-own in the former. Forecasts beside runs, set by set, go into docs/findings.md where it asks for them
-(`<!-- sets NAME REGIME -->`).
+"validation-guards" has its tables in docs/guards.md and docs/how-to/which-guard.md, "validation-refusals" and
+"validation-refusals-full" one together in the former. Forecasts beside runs, set by set, go into docs/findings.md where
+it asks for them (`<!-- sets NAME REGIME -->`).
 """
 
 from __future__ import annotations
@@ -32,6 +32,9 @@ BLOCK = re.compile(r"<!-- validation table -->.*?<!-- end of validation table --
 GUARD_BLOCK = re.compile(r"<!-- aligned table -->.*?<!-- end of aligned table -->", re.S)
 REFUSAL_BLOCK = re.compile(r"<!-- refusals table -->.*?<!-- end of refusals table -->", re.S)
 SUMMARY_BLOCK = re.compile(r"<!-- summary table -->.*?<!-- end of summary table -->", re.S)
+
+#: Records of what guards do to refusals, and the regime whose runs count in each.
+REFUSALS = {"validation-refusals": "lora-adamw", "validation-refusals-full": "full-adamw"}
 
 #: Predictors in the README's table besides ours: the rest are in the record and on the page.
 BASELINES = ("gradient_norm", "gamma_hat", "initial_overlap", "overlap_cosine", "initial_loss", "random_subspace",
@@ -224,6 +227,12 @@ def refusal_table(record: dict[str, Any]) -> str:
     return "\n".join(rows)
 
 
+def refusal_runs() -> list[dict[str, Any]]:
+    """Runs of the committed records of refusals; an older one also has full fine-tuning as it was then."""
+    held = {name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in REFUSALS}
+    return [run for name, each in held.items() for run in each["guard_runs"] if run["regime"] == REFUSALS[name]]
+
+
 def _guard(run: dict[str, Any]) -> str:
     return "none" if run["guard"] == "none" else with_strength(guard_name(run), f"{run['strength']:g}")
 
@@ -323,8 +332,8 @@ def main() -> None:
     text = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
     (RESULTS / f"{name}.json").write_text(text, encoding="utf-8")
     print(table(record))
-    if name == "validation-refusals":
-        made = refusal_table(record)
+    if name in REFUSALS:
+        made = refusal_table({"guard_runs": refusal_runs()})
         print(made)
         block = f"<!-- refusals table -->\n{made}\n<!-- end of refusals table -->"
         GUARDS.write_text(REFUSAL_BLOCK.sub(lambda _: block, GUARDS.read_text(encoding="utf-8")), encoding="utf-8")

@@ -178,6 +178,42 @@ def test_what_the_text_says_of_another_draw_is_what_was_read():
     assert f"is {kl} off on prompts not seen" in flat
 
 
+def test_what_the_text_says_of_cheaper_forecasts_is_what_they_were():
+    told, findings = committed("validation-cheaper"), (ROOT / "docs" / "findings.md").read_text(encoding="utf-8")
+    block = benchmark("cheaper").table(told, committed("validation"))
+    assert f"<!-- cheaper table -->\n{block}\n<!-- end of cheaper table -->" in findings
+    half, third = told["settings"]
+    assert (half["options"]["looks"], third["options"]["looks"]) == (8, 4)
+    flat = " ".join(findings.split())
+
+    def rank(each, regime=None):
+        held = [each["predictors"][f"rehearsal_{key}"][key] for key in ("margin", "kl")]
+        return [f"{one['value'] if regime is None else one['by_regime'][regime]:.2f}" for one in held]
+
+    def hits(each, prompts):
+        return [each["coverage"][prompts][key]["cells"]["hits"] for key in ("margin_change", "safety_kl")]
+
+    def sizes(each, prompts, when):
+        return [each["size_error"][prompts][when][key]["median"] for key in ("margin_change", "safety_kl")]
+
+    assert "{} with the margin drop and {} with the KL, on held-out".format(*rank(half)) in flat
+    assert max(sizes(half, "assessed", "end") + sizes(half, "held_out", "end")) < 0.3
+    margin, kl = (f"{100 * value:.0f} %" for value in sizes(half, "assessed", "horizon"))
+    assert f"margin {margin} and KL {kl} on assessed prompts" in flat
+    assert "{} of 30 margins and {} of 30 KLs lie in their intervals".format(*hits(half, "held_out")) in flat
+    assert "on the assessed ones {} and {}, where 24".format(*hits(half, "assessed")) in flat
+    assert "the ranks are {} and {}".format(*rank(third, "lora-adamw")) in flat
+    sgd, full = (rank(third, regime)[0] for regime in ("lora-sgd", "full-adamw"))
+    assert f"(margin {sgd} and {full})" in flat
+    assert "as wide as the errors: {} and {} of 30".format(*hits(third, "assessed")) in flat
+    part = {kind: 100 * share for kind, share in third["share_by_kind"].items()}
+    derived = part["jvp"] + part["tangent"]
+    assert f"are {part['forward_backward']:.1f} %, readings of KL and margin {part['forward']:.1f} %" in flat
+    assert f"and {derived:.1f} % are directional derivatives" in flat
+    share = f"{100 * half['cost']['share_of_100_steps_at_8']:.0f} %"
+    assert f"kept rank and size is the one at {share}" in flat
+
+
 def test_what_the_text_says_of_refusals_is_what_the_runs_were():
     made, runs = benchmark("validation"), committed("validation-refusals")["guard_runs"]
 
