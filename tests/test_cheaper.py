@@ -79,7 +79,7 @@ def test_some_runs_may_be_asked_for(made: Any, done: tuple[Plan, dict[str, Any],
     plan, record, _ = done
     names = [cell.name for cell, _ in made.cells_of(plan, record, "lora", ["tiny-copy"])]
     assert names == ["lora-tiny-copy-s0", "lora-tiny-copy-s1"]
-    with pytest.raises(SystemExit, match="no run of .* is of regime none"):
+    with pytest.raises(SystemExit, match="is of regime none"):
         made.cells_of(plan, record, "none", [])
     other = {**record, "cells": [{**cell, "recipe": {**cell["recipe"], "steps": 7}} for cell in record["cells"]]}
     with pytest.raises(SystemExit, match="another recipe"):

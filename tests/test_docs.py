@@ -212,6 +212,8 @@ def test_what_the_text_says_of_cheaper_forecasts_is_what_they_were():
     assert f"and {derived:.1f} % are directional derivatives" in flat
     share = f"{100 * half['cost']['share_of_100_steps_at_8']:.0f} %"
     assert f"kept rank and size is the one at {share}" in flat
+    margin, kl = (f"{100 * value:.0f} %" for value in sizes(half, "assessed", "end"))
+    assert f"a forecast at {share} keeps the ranks and is {margin} and {kl} off at the end" in " ".join(README.split())
 
 
 def test_what_the_text_says_of_refusals_is_what_the_runs_were():
