@@ -4,7 +4,7 @@ The measured side is read off the committed record, so that no run is made again
 plan's own prompts. Ranks, sizes, intervals and cost are then those of `tiltmeter validate`.
 
 Run: python benchmarks/cheaper.py OUT [SETTING...] [--regime NAME] [--set NAME...]; the settings are below, all of them
-by default, and the regimes and sets those of the plan. Forecasts that are done are kept in OUT;
+by default, and the regimes and sets those of the plan; a part is told only. Forecasts that are done are kept in OUT;
 benchmarks/results/validation-cheaper.json and the table in docs/findings.md are written from all settings there.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import statistics
 import sys
@@ -43,7 +44,7 @@ RESULT = ROOT / "results" / "validation-cheaper.json"
 FINDINGS = ROOT.parent / "docs" / "findings.md"
 BLOCK = re.compile(r"<!-- cheaper table -->.*?<!-- end of cheaper table -->", re.S)
 
-#: Settings by name: options that differ from the plan's. Of the forecast alone, without which nothing of it changes.
+#: Settings by name: options that differ from the plan's. What the forecast does without is left out in all.
 SETTINGS: dict[str, dict[str, int]] = {
     "16 looks": {"forecast_only": True},
     "8 looks": {"forecast_only": True, "looks": 8, "rehearsal_rows": 32, "max_tuning": 12, "grid": 3},
@@ -101,6 +102,9 @@ def cells_of(
     plan: Plan, record: Mapping[str, Any], regime: str | None, sets: Sequence[str]
 ) -> list[tuple[Cell, Mapping[str, Any]]]:
     """Cells of the plan beside those of the record of its runs, regime by regime; no sets are all."""
+    prompts = {"name": plan.safety, "assessed": plan.assessed, "held_out": plan.held_out}
+    if (record["model"], record["safety"]) != (plan.model, prompts):
+        sys.exit(f"{RUNS.name} holds runs of another model or of other prompts than the plan has now")
     ran = {cell["name"]: cell for cell in record["cells"]}
     found = [(cell, ran[cell.name]) for cell in plan.cells() if cell.name in ran]
     for cell, held in found:
@@ -144,7 +148,7 @@ def judge(
         folder = out / f"{setting.replace(' ', '-')}-{cell.assessment}"
         done = (folder / store.RECORD).is_file()
         if not done and measured != cell.regime.name:
-            subject, measured = None, cell.regime.name  # one model in memory at a time
+            subject, opened, measured = None, None, cell.regime.name  # one model in memory at a time
             opened = with_lora(open_model(plan.model), cell.recipe.lora, plan.options.seed)
             with undisturbed(opened.loaded.model):
                 subject = measure_subject(opened, assessed, cell.recipe.lora, plan.options)
@@ -177,7 +181,7 @@ def table(told: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     )  # fmt: skip
     rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     whole = sum(cell["predicted"]["horizon_steps"] == cell["recipe"]["steps"] for cell in record["cells"])
-    rows.append(_row("16, 84, everything", {**record, "whole_runs_claimed": whole}))
+    rows.append(_row("16, 84, as planned", {**record, "whole_runs_claimed": whole}))
     for each in told["settings"]:
         held = {"looks": 16, "rehearsal_rows": 64, "max_tuning": 24, **each["options"]}
         first = held["max_tuning"] + (held["looks"] - 1) * held["rehearsal_rows"] // held["looks"]
@@ -191,10 +195,8 @@ def _row(label: str, each: Mapping[str, Any]) -> str:
     cover = each["coverage"]["assessed"]
     held = ", ".join(str(cover[key]["cells"]["hits"]) for key in ("margin_change", "safety_kl"))
     share = 100 * each["cost"]["share_of_100_steps_at_8"]
-    if "share_of_the_plan" in each and each["finished"] < 30:
-        share_text = f"{share:.0f} (everything: {100 * each['share_of_the_plan']:.0f})"
-    else:
-        share_text = f"{share:.0f}"
+    whole = each.get("share_of_the_plan", math.nan)
+    share_text = f"{share:.0f}" if each["finished"] == 30 else f"{share:.0f} (as planned: {100 * whole:.0f})"
     ranks = []
     for name, key in zip(ASKED, ("margin", "kl"), strict=True):
         value = each["predictors"][name][key]["by_regime"].get("lora-adamw")
@@ -218,7 +220,9 @@ def main(given: Sequence[str] | None = None) -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     for name in names:
         told = judge(plan, asked.out, name, record, asked.regime, asked.sets)
-        store.write_text(asked.out / f"{name.replace(' ', '-')}.json", json.dumps(told) + "\n")
+        print(_row(name, told), flush=True)
+        if not asked.regime and not asked.sets:  # a part is told and not kept
+            store.write_text(asked.out / f"{name.replace(' ', '-')}.json", json.dumps(told) + "\n")
     held = [asked.out / f"{name.replace(' ', '-')}.json" for name in SETTINGS]
     settings = [json.loads(path.read_text(encoding="utf-8")) for path in held if path.is_file()]
     if settings:

@@ -271,6 +271,8 @@ def with_aligned(held: dict[str, Any]) -> dict[str, Any]:
     runs = [run for run in held["runs"] if run["plan"] not in ALIGNED]
     plans = dict(held["plans"])
     for name, (plan, regimes) in ALIGNED.items():
+        if not (RESULTS / f"validation-{plan}.json").is_file():  # `make guards` makes it later
+            continue
         record = json.loads((RESULTS / f"validation-{plan}.json").read_text())
         about = {key: record[key] for key in ("model", "created", "tiltmeter", "versions", "machine")}
         runs += [{**run, "plan": name} for run in record["guard_runs"] if run["regime"] in regimes]

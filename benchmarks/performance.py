@@ -6,10 +6,10 @@
 
 Sections (see `performance_parts.py`): fisher (4.2 M-parameter Llama of random weights against alignment-risk 1.14.1,
 which gets an environment of its own, `.venv-alignment-risk`, with torch borrowed from ours), peers (Hessian products by
-curvlinops and hessian-eigenthings, in `.venv-peers`), gram and products
-(SmolLM2-135M-Instruct), scaling, tracker, guard, assess (read off assess-cost-full.json), dtypes (the aligned model in
-float32, bfloat16 and four bits), fsdp2 and fsdp2_full. Every section goes into benchmarks/results/performance.json and
-docs/performance.md as soon as it is done, with its own date.
+curvlinops and hessian-eigenthings, in `.venv-peers`), gram, products and difference_64
+(SmolLM2-135M-Instruct), scaling, tracker, guard, guard_full, guard_36, assess (read off assess-cost-full.json), dtypes
+(the aligned model in float32, bfloat16 and four bits), fsdp2, fsdp2_large and fsdp2_full. Every section goes into
+benchmarks/results/performance.json and docs/performance.md as soon as it is done, with its own date.
 
 Ratios with `fb` in their names are in forward+backward passes over the same data.
 """
@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -154,10 +155,19 @@ def dtypes() -> Figures:
     return out
 
 
-def fsdp2() -> Figures:
-    """A LoRA assessment of 0.6 billion random weights in one process and in two that hold half of the weights each."""
-    folder = str(RIVAL.parent / ".venv-alignment-risk-inputs" / "fsdp2")
-    return {"parameters": alone("fsdp2-model", folder)["parameters"], **_divided("fsdp2-assess", folder)}
+def fsdp2(width: int) -> Figures:
+    """A LoRA assessment of random weights in one process and in two that hold half of the weights each.
+
+    0.6 billion weights at a width of 1280, 1.3 billion at 1856; what libraries take is the same with both.
+    """
+    folder = str(RIVAL.parent / ".venv-alignment-risk-inputs" / f"fsdp2-{width}")
+    try:
+        return {
+            "parameters": alone("fsdp2-model", folder, str(width))["parameters"],
+            **_divided("fsdp2-assess", folder),
+        }
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)  # gigabytes of weights
 
 
 def fsdp2_full() -> Figures:
@@ -188,11 +198,11 @@ def _divided(part: str, folder: str) -> Figures:
     }
 
 
-def guard(regime: str) -> Figures:
+def guard(regime: str, prompts: int = 12, rows: int = 8, steps: str = "") -> Figures:
     """Mean step of a fine-tune and its memory under `budget`, over those of one without."""
-    free, held = (alone("guard", regime, name) for name in ("none", "budget"))
+    free, held = (alone("guard", regime, name, str(prompts), str(rows), steps) for name in ("none", "budget"))
     return {
-        "safety_prompts": 12,
+        "safety_prompts": prompts,
         "none": free,
         "budget": held,
         "step_ratio": held["step_cpu_s"] / free["step_cpu_s"],
@@ -220,13 +230,16 @@ SECTIONS: dict[str, Callable[[], Figures]] = {
     "gram": lambda: gram(16),
     "gram_whole": lambda: gram(64),
     "products": lambda: alone("products"),
+    "difference_64": lambda: alone("products", "64", "hvp_difference"),
     "scaling": lambda: alone("scaling"),
     "tracker": lambda: alone("tracker"),
     "guard": lambda: guard("lora"),
     "guard_full": lambda: guard("full"),
+    "guard_36": lambda: guard("lora", 36, 16, "12"),
     "assess": assess,
     "dtypes": dtypes,
-    "fsdp2": fsdp2,
+    "fsdp2": lambda: fsdp2(1280),
+    "fsdp2_large": lambda: fsdp2(1856),
     "fsdp2_full": fsdp2_full,
 }
 
@@ -243,6 +256,7 @@ HEADLINES = {
     "gram_whole_memory_beyond_fb_gb": ("gram_whole", "memory_beyond_fb_gb"),
     "hvp_fb_ratio": ("products", "hvp_fb_ratio"),
     "hvp_difference_fb_ratio": ("products", "hvp_difference_fb_ratio"),
+    "hvp_difference_64_fb_ratio": ("difference_64", "hvp_difference_fb_ratio"),
     "hvp_difference_again_fb_ratio": ("products", "hvp_difference_again_fb_ratio"),
     "hvp_difference_error": ("products", "hvp_difference_error"),
     "jvp_fb_ratio": ("products", "jvp_fb_ratio"),
@@ -251,9 +265,11 @@ HEADLINES = {
     "tracker_overhead": ("tracker", "overhead"),
     "guard_step_ratio": ("guard", "step_ratio"),
     "guard_full_step_ratio": ("guard_full", "step_ratio"),
+    "guard_36_step_ratio": ("guard_36", "step_ratio"),
     "guard_full_held_ratio": ("guard_full", "held_ratio"),
     "guard_full_peak_ratio": ("guard_full", "peak_ratio"),
     "fsdp2_memory_ratio": ("fsdp2", "memory_ratio"),
+    "fsdp2_large_memory_ratio": ("fsdp2_large", "memory_ratio"),
     "fsdp2_full_memory_ratio": ("fsdp2_full", "memory_ratio"),
     **{
         f"{short}_{key}": ("dtypes", f"{short}_{key}")

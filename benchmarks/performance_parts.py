@@ -218,13 +218,18 @@ def gram_passes(micro_batch: str) -> Figures:
     return {"extra_peak_gb": peak_gb() - before}
 
 
-def products() -> Figures:
-    """Hessian and Jacobian products of the 135 M-parameter model, against a gradient through the same objective."""
+def products(count: str = "16", *asked: str) -> Figures:
+    """Hessian and Jacobian products of the 135 M-parameter model, against a gradient through the same objective.
+
+    Args:
+        count: examples.
+        asked: what is measured of them; all by default.
+    """
     model = smollm()
     forward = Forward(model, trainable(model))
     tokenizer = AutoTokenizer.from_pretrained(embedded("demo:base").folder)
-    rows = encode(demo.rows("demo:gsm8k")[:40], tokenizer, 112).examples
-    examples = sorted(rows, key=lambda row: abs(len(row.tokens) - 90))[:16]
+    rows = encode(demo.rows("demo:gsm8k")[: max(40, 2 * int(count))], tokenizer, 112).examples
+    examples = sorted(rows, key=lambda row: abs(len(row.tokens) - 90))[: int(count)]
     exact, difference = (
         likelihood_objective(forward, examples, tokenizer.pad_token_id, 192, per="token", hessian=kind)
         for kind in ("exact", "difference")
@@ -246,8 +251,11 @@ def products() -> Figures:
         "hvp_difference_again": lambda: difference.hvp(v),
         "hvp": lambda: exact.hvp(v),
     }.items():
+        if asked and name not in asked:
+            continue
         out[f"{name}_cpu_s"], out[f"{name}_fb_ratio"] = in_passes(keep(name, work), exact.gradient)
-    out["hvp_difference_error"] = norm(found["hvp_difference"] - found["hvp"]) / norm(found["hvp"])
+    if "hvp" in found:
+        out["hvp_difference_error"] = norm(found["hvp_difference"] - found["hvp"]) / norm(found["hvp"])
     out["peak_gb"] = peak_gb()
     return out
 
@@ -323,17 +331,26 @@ class CpuClock(TrainerCallback):  # type: ignore[misc]  # transformers has no ty
         self.seconds.append(time.process_time() - self.begin)
 
 
-def guard(regime: str, name: str) -> Figures:
-    """A fine-tune, a tenth of whose rows are harmful, by itself ("none") or under a guard as it comes."""
-    recipe = replace(RECIPES[regime], batch_size=8, max_length=256)
+def guard(regime: str, name: str, prompts: str = "12", batch: str = "8", length: str = "") -> Figures:
+    """A fine-tune, a tenth of whose rows are harmful, by itself ("none") or under a guard as it comes.
+
+    Args:
+        regime: "lora" or "full".
+        name: of the guard.
+        prompts: safety prompts that the guard gets.
+        batch: rows of a step.
+        length: steps; 24 with LoRA and 16 in full fine-tuning by default.
+    """
+    recipe = replace(RECIPES[regime], batch_size=int(batch), max_length=256)
     steps, rate = (24, 5e-4) if regime == "lora" else (16, 2e-5)
+    steps = int(length or steps)
     recipe = replace(recipe, steps=steps, learning_rate=rate)
     opened = with_lora(open_model(MODEL, device="cpu"), recipe.lora, 0)
     loaded, clock = opened.loaded, CpuClock()
     weights = sum(p.numel() * p.element_size() for p in trainable(loaded.model).values())
     tuned = [*demo.rows("demo:gsm8k")[:90], *demo.rows("demo:harmful-openings")[:10]]
     rows = encode(tuned, loaded.tokenizer, recipe.max_length).examples
-    guards = [] if name == "none" else [guard_callback(name, opened, demo.rows(SAFETY)[:12])]
+    guards = [] if name == "none" else [guard_callback(name, opened, demo.rows(SAFETY)[: int(prompts)])]
     before = peak_gb()
     with tempfile.TemporaryDirectory() as folder:
         fields = arguments_of(recipe, {"save_strategy": "no"}, Path(folder), loaded.model.device)
@@ -411,10 +428,10 @@ def dtypes_kl(folder: str, dtype: str) -> Figures:
     return {"kl": float(torch.cat(values).mean())}
 
 
-def fsdp2_model(folder: str) -> Figures:
-    """Write a Llama of 0.6 billion random weights with the tokenizer of demo:tiny."""
+def fsdp2_model(folder: str, width: str) -> Figures:
+    """Write a Llama of random weights with the tokenizer of demo:tiny: 0.6 billion of them at a width of 1280."""
     tokenizer = AutoTokenizer.from_pretrained(embedded("demo:tiny").folder)
-    model = random_llama(1280, 32, len(tokenizer))  # as many layers as a 7 B model has: one is gathered at a time
+    model = random_llama(int(width), 32, len(tokenizer))  # as many layers as a 7 B model has: one is gathered at a time
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return {"parameters": sum(p.numel() for p in model.parameters())}

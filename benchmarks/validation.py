@@ -228,8 +228,9 @@ def refusal_table(record: dict[str, Any]) -> str:
 
 
 def refusal_runs() -> list[dict[str, Any]]:
-    """Runs of the committed records of refusals; an older one also has full fine-tuning as it was then."""
-    held = {name: json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8")) for name in REFUSALS}
+    """Runs of the records of refusals that are there; an older one also has full fine-tuning as it was then."""
+    files = {name: RESULTS / f"{name}.json" for name in REFUSALS}
+    held = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items() if file.is_file()}
     return [run for name, each in held.items() for run in each["guard_runs"] if run["regime"] == REFUSALS[name]]
 
 

@@ -81,6 +81,9 @@ def test_some_runs_may_be_asked_for(made: Any, done: tuple[Plan, dict[str, Any],
     assert names == ["lora-tiny-copy-s0", "lora-tiny-copy-s1"]
     with pytest.raises(SystemExit, match="is of regime none"):
         made.cells_of(plan, record, "none", [])
+    apart = {**record, "safety": {**record["safety"], "assessed": 4}}
+    with pytest.raises(SystemExit, match="of other prompts"):
+        made.cells_of(plan, apart, None, [])
     other = {**record, "cells": [{**cell, "recipe": {**cell["recipe"], "steps": 7}} for cell in record["cells"]]}
     with pytest.raises(SystemExit, match="another recipe"):
         made.cells_of(plan, other, None, [])

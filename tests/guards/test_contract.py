@@ -236,6 +236,13 @@ def test_a_state_of_another_guard_or_another_anchor_is_refused(tmp_path):
     with pytest.raises(InputError, match="cannot resume"):
         Session(guard_for("replay", world), world.trainee()).begin(tmp_path / "nowhere")
     written = json.loads((tmp_path / REST).read_text())
+    (tmp_path / REST).write_text(json.dumps({**written, "scored": written["scored"] + 1}))
+    with pytest.raises(InputError, match=f"from {written['scored'] + 1} safety examples, this one from"):
+        Session(guard_for("replay", world), world.trainee()).begin(tmp_path)
+    older = {key: value for key, value in written.items() if key != "scored"}
+    (tmp_path / REST).write_text(json.dumps({**older, "anchor": 2 * older["anchor"]}))
+    with pytest.raises(InputError, match=r"another aligned model .* or it is of an older version: then train afresh"):
+        Session(guard_for("replay", world), world.trainee()).begin(tmp_path)
     assert written["opening"] == 0
     for opening in (None, 0, 3):  # none is told by states of older versions, which took whole answers alone
         about = {key: value for key, value in written.items() if key != "opening"}

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from worlds import World
 
 from tiltmeter.geometry.space import ParameterSpace
-from tiltmeter.guards.pullback import AIM, TRIES, _correct, pull_back
+from tiltmeter.guards import pullback
+from tiltmeter.guards.pullback import AIM, STREAM, TRIES, _correct, pull_back
 from tiltmeter.guards.trainee import Trainee
 
 
@@ -94,15 +95,26 @@ def test_a_shorter_step_that_is_worse_is_not_kept():
     assert float(x) <= 1.0
 
 
-def test_in_large_spaces_a_fresh_gradient_is_of_some_examples_drawn_anew():
-    """KL goes down all the same; and no more examples are drawn than there are."""
+def test_in_large_spaces_a_fresh_gradient_is_of_some_examples_drawn_anew(monkeypatch):
+    """KL goes down all the same; the step is made for the KL of these; and no more are drawn than there are."""
     _, model, anchor = strayed("adamw")
-    kl, m = model.safety.inner.heldout(), model.safety.inner.divergence.m
+    inner = model.safety.inner
+    kl, m = inner.heldout(), inner.divergence.m
+    steps = []
+
+    def correct(model, kl, target, gradient, own):
+        steps.append((own, inner.divergence.losses().double()))
+        return _correct(model, kl, target, gradient, own)
+
+    monkeypatch.setattr(pullback, "_correct", correct)
     result = pull_back(model, kl, 1e-3 * kl, kl, anchor, None, 2)
     assert result.kl < kl
     drawn = model.safety.asked
-    assert len(drawn) == TRIES
+    assert len(drawn) == len(steps) == TRIES
     assert m > 2
+    for weights, (own, losses) in zip(drawn, steps, strict=True):
+        assert own == pytest.approx(float(losses[weights > 0].mean()))
+        assert own != pytest.approx(float(losses.mean()), rel=1e-3)
     for weights in drawn:
         assert weights.sum() == pytest.approx(1.0)
         assert (weights > 0).sum() == 2
@@ -110,6 +122,14 @@ def test_in_large_spaces_a_fresh_gradient_is_of_some_examples_drawn_anew():
     _, model, anchor = strayed("adamw")
     pull_back(model, kl, 1e-3 * kl, kl, anchor, None, m)
     assert model.safety.asked[0] is None
+
+
+def test_what_a_pull_back_draws_is_not_what_the_next_steps_draw():
+    """From one seed the smaller draw is part of the larger: surgery would look at those whose KL was just lowered."""
+    steps = {seed + step for seed in range(50) for step in range(10_000)}
+    pulls = [STREAM * (seed + 1) + TRIES * step + i for seed in range(50) for step in range(200) for i in range(TRIES)]
+    assert not steps & set(pulls)
+    assert len(set(pulls)) == len(pulls)
 
 
 @pytest.mark.parametrize("share", [0.5, 1e-2, 1e-4])

@@ -147,5 +147,6 @@ def test_assess_with_lora_by_name_is_the_same_every_time() -> None:
 )
 def test_options_that_cannot_give_an_answer(changes: dict[str, Any], message: str) -> None:
     check_options(Options())
+    check_options(Options(rank=9, max_safety=8, forecast_only=True))  # no directions are looked for
     with pytest.raises(InputError, match=message):
         check_options(Options(**changes))

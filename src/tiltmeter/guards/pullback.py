@@ -15,6 +15,10 @@ from tiltmeter.guards.trainee import Trainee
 #: are as good as at the anchor, and only the held-out ones are not.
 TRIES = 2
 
+#: Keeps what is drawn here apart from what a guard draws for its steps: the same seed would draw the same examples
+#: again, whose KL has just been lowered.
+STREAM = 1_000_003
+
 #: A step aims for this share of the target: one that aims for it exactly comes to rest a little above, again and again.
 AIM = 0.85
 
@@ -71,8 +75,11 @@ def pull_back(
     for i in range(TRIES):
         if kl <= target:
             break
-        own = float(divergence.losses().mean())
-        drawn = None if most is None or most >= divergence.m else draw(divergence.m, most, model.seed + model.step + i)
+        losses = divergence.losses().double().cpu()
+        drawn = None
+        if most is not None and most < divergence.m:
+            drawn = draw(divergence.m, most, STREAM * (model.seed + 1) + TRIES * model.step + i)
+        own = float(losses.mean() if drawn is None else losses @ drawn)  # of the examples that the gradient is of
         now = _correct(model, kl, target, divergence.gradient(drawn), own)
         tries += 1
         if now == kl:

@@ -156,6 +156,7 @@ class Session:
             "space": self.model.whole.digest,
             "anchor": self.model.safety.fingerprint(),
             "opening": self.model.safety.opening,
+            "scored": self.model.safety.scores.m,
             **self.guard.memory.state()[1],
         }
         (folder / REST).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
@@ -186,11 +187,18 @@ class Session:
                 f"the guard saved in {folder} took the KL over openings of {then} tokens (0: whole answers), this "
                 f"one over {self.model.safety.opening}; resume with --guard-opening {then}, or train afresh"
             )
+        scored = self.model.safety.scores.m
+        if (held := about.get("scored", scored)) != scored:
+            raise InputError(
+                f"the guard saved in {folder} took its directions from {held} safety examples, this one from {scored}; "
+                "resume with the same safety prompts and guard, or train afresh"
+            )
         now = self.model.safety.fingerprint()
         if abs(about["anchor"] - now) > SAME_ANCHOR * abs(now):
             raise InputError(
                 f"the guard saved in {folder} protects another aligned model (fingerprint {about['anchor']:.6g}, here "
                 f"{now:.6g}): build the guard from the model that training began with, not from the checkpoint"
+                + ("" if "scored" in about else "; or it is of an older version: then train afresh")
             )
         device = next(iter(self.model.parameters.values())).device
         moved = {name: tensor.to(device) for name, tensor in tensors.items()}

@@ -200,7 +200,7 @@ def check_options(options: Options) -> None:
         raise InputError(f"--memory must be a positive number of GB, got {options.memory_gb}")
     if not 0 < options.level < 1:
         raise InputError(f"--level must lie between 0 and 1, got {options.level}")
-    if options.rank > options.max_safety:
+    if options.rank > options.max_safety and not options.forecast_only:
         raise InputError(
             f"the safety set is limited to {options.max_safety} prompts, which cannot determine {options.rank} "
             "directions; raise --max-safety or lower --rank"

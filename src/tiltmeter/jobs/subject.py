@@ -74,7 +74,8 @@ class Options:
         krylov: Hessian products for the Krylov path of SGD; 0 for none.
         coupling: whether to measure the curvature coupling (gamma, crossover); the forecast does without.
         forecast_only: whether to leave out all that the forecast does without: the coupling, the safety subspace, the
-            overlap (but under SGD, where the interval needs it) and random directions.
+            overlap (but under SGD, where the interval needs it), the straight path beyond its first stretch and random
+            directions.
         max_tokens: most tokens per micro-batch.
         memory_gb: largest memory the assessment may take; micro-batches are made small enough. None for no limit.
         level: of the intervals.

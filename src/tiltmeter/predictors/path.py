@@ -14,7 +14,7 @@ def margin_drop(case: Case, path: str, cost: dict[str, float]) -> Risk:
     """Fall of the mean refusal margin at the end of a path, nats."""
     price = _price(case, cost, path)
     if path not in case.measured.paths:
-        return Risk(None, "nats", price, reason=f"the {path} path was not built for this recipe")
+        return Risk(None, "nats", price, reason=f"the {path} path was not built for this recipe and these options")
     values = case.measured.paths[path]
     drop = (case.anchor_margin.double().cpu() - values.margin).mean(-1)
     return known(float(drop[-1]), "nats", price, NOT_FINITE, trend(values, drop))
@@ -24,7 +24,9 @@ def kl_rise(case: Case, path: str, cost: dict[str, float]) -> Risk:
     """Mean safety KL at the end of a path, with the energy of one run's batch noise, nats per token."""
     price = _price(case, cost, path)
     if path not in case.measured.paths:
-        return Risk(None, "nats per token", price, reason=f"the {path} path was not built for this recipe")
+        return Risk(
+            None, "nats per token", price, reason=f"the {path} path was not built for this recipe and these options"
+        )
     values = case.measured.paths[path]
     kl = values.safety_kl.mean(-1) * case.measured.kl_factor[path][list(values.steps)]
     return known(float(kl[-1]), "nats per token", price, NOT_FINITE, trend(values, kl))
