@@ -37,6 +37,9 @@ from tiltmeter.lm.scores import Score, sampled_labels, score_loss
 #: Tokens per micro-batch in a large space, where vectors of the space take the memory.
 LARGE_TOKENS = 192
 
+#: Gram matrix, subspace (or why there is none) and split-half overlaps.
+Subspace = tuple[Gram | None, Sensitivity | None, str | None, Tensor | None]
+
 #: Why what the forecast does without is not there.
 FORECAST_ONLY = "left out (--forecast-only)"
 
@@ -271,16 +274,17 @@ def measure_subject(
         margin_gradient = margin_gradient.to(torch.bfloat16)
     release()
     score, random_form = None, None
-    products, sensitivity, reason, halves = None, None, FORECAST_ONLY, None
+    subspace: Subspace = None, None, FORECAST_ONLY, None
     if not options.forecast_only:
         report("safety subspace")
         score = _score(forward, safety, options, pad)
-        products, sensitivity, reason, halves = _subspace(score, divergence, options)
+        subspace = _subspace(score, divergence, options)
         release()
         random = random_direction(forward, 1.0, options.seed)
         random_form = float(divergence.fisher_form([random])[:, 0, 0].mean())
         del random
         release()
+    products, sensitivity, reason, halves = subspace
     return Subject(
         opened,
         forward,
@@ -344,10 +348,7 @@ def _score(forward: Forward, safety: SafetySet, options: Options, pad: int) -> L
     return likelihood_objective(forward, examples, pad, options.max_tokens, per="root")
 
 
-def _subspace(
-    score: LanguageObjective | None, divergence: DivergenceObjective | Sharded, options: Options
-) -> tuple[Gram | None, Sensitivity | None, str | None, Tensor | None]:
-    """Gram matrix, subspace (or why there is none) and split-half overlaps."""
+def _subspace(score: LanguageObjective | None, divergence: DivergenceObjective | Sharded, options: Options) -> Subspace:
     if score is None:
         n = divergence.space.size
         if n > LARGE:
