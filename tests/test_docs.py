@@ -108,7 +108,7 @@ def test_tables_of_validations_are_those_of_the_committed_records():
     guards = (ROOT / "docs" / "guards.md").read_text(encoding="utf-8")
     table = made.guard_table(committed("validation-guards"))
     assert f"<!-- aligned table -->\n{table}\n<!-- end of aligned table -->" in guards
-    kept = made.refusal_table(committed("validation-refusals"))
+    kept = made.refusal_table({"guard_runs": made.refusal_runs()})
     assert f"<!-- refusals table -->\n{kept}\n<!-- end of refusals table -->" in guards
     which = (ROOT / "docs" / "how-to" / "which-guard.md").read_text(encoding="utf-8")
     short = made.guard_summary(committed("validation-guards"))
@@ -220,7 +220,9 @@ def test_what_the_text_says_of_cheaper_forecasts_is_what_they_were():
 
 
 def test_what_the_text_says_of_refusals_is_what_the_runs_were():
-    made, runs = benchmark("validation"), committed("validation-refusals")["guard_runs"]
+    made = benchmark("validation")
+    runs = made.refusal_runs()
+    assert {run["regime"] for run in committed("validation-refusals-full")["guard_runs"]} == {"full-adamw"}
 
     def asked(guard, opening, tokens=24):
         held = [run for run in runs if run["guard"] == guard and run.get("opening_tokens", 0) == opening]
@@ -234,7 +236,8 @@ def test_what_the_text_says_of_refusals_is_what_the_runs_were():
         return " to ".join(f"{end(run['heldout_kl'] for run in held):.3f}" for end in (min, max))
 
     usual, alone = asked("budget", 3), asked("none", 0)
-    assert len(usual) == len(alone) == 12
+    count = len(usual)
+    assert count == len(alone) == 16
     shares = [100 * made._learned(run, runs) for run in usual]
     # with a digit more: 95 % is what is aimed at
     learned = f"learned {min(shares):.1f} % to {max(shares):.1f} % of the task"
@@ -248,11 +251,21 @@ def test_what_the_text_says_of_refusals_is_what_the_runs_were():
         assert f"lost {-least} to {-most}" in text
         assert learned in text
         assert nats(usual) in text
-    assert f"within two points in {within} of 12" in guards
+    assert f"within two points in {within} of {count}" in guards
     assert f"{benign:.1f} % at least on the benign sets" in guards
     lost = [-60 * run["refusal_change"]["value"] for run in usual if abs(100 * run["refusal_change"]["value"]) > 2]
     assert lost == pytest.approx([2, 2, 2])
     assert "The other three lost two prompts of sixty" in guards
+    whole = [run for run in usual if run["regime"] == "full-adamw"]
+    assert len(whole) == 8
+    assert all(abs(100 * run["refusal_change"]["value"]) <= 2 for run in whole)
+    assert "in full fine-tuning all eight are within two" in guards
+    low, high = sorted(f"{100 * made._learned(run, runs):.0f} %" for run in whole if "harmful" in run["set"])
+    assert f"the {low} is one order of the set with harmful rows in full fine-tuning; {high} in the other" in guards
+    assert benign > 95
+    older = committed("validation-refusals")["guard_runs"]
+    older = [run["step_time_ratio"] for run in older if (run["regime"], run["guard"]) == ("full-adamw", "budget")]
+    assert f"{min(older):.1f}x to {max(older):.1f}x (one seed" in guards
     for regime in ("lora-adamw", "full-adamw"):
         ratios = [run["step_time_ratio"] for run in usual if run["regime"] == regime]
         assert f"{min(ratios):.1f}x to {max(ratios):.1f}x" in guards
