@@ -266,6 +266,8 @@ def test_what_the_text_says_of_refusals_is_what_the_runs_were():
     older = committed("validation-refusals")["guard_runs"]
     older = [run["step_time_ratio"] for run in older if (run["regime"], run["guard"]) == ("full-adamw", "budget")]
     assert f"{min(older):.1f}x to {max(older):.1f}x (one seed" in guards
+    hard = sorted(f"{run['step_time_ratio']:.1f}x" for run in whole if "harmful" in run["set"])
+    assert "these take {} and {}".format(*hard) in guards
     for regime in ("lora-adamw", "full-adamw"):
         ratios = [run["step_time_ratio"] for run in usual if run["regime"] == regime]
         assert f"{min(ratios):.1f}x to {max(ratios):.1f}x" in guards
