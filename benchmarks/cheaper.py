@@ -50,6 +50,7 @@ SETTINGS: dict[str, dict[str, int]] = {
     "8 looks": {"forecast_only": True, "looks": 8, "rehearsal_rows": 32, "max_tuning": 12, "grid": 3},
     "4 looks": {"forecast_only": True, "looks": 4, "rehearsal_rows": 16, "max_tuning": 8, "grid": 2},
     "2 looks": {"forecast_only": True, "looks": 2, "rehearsal_rows": 8, "max_tuning": 4, "grid": 2},
+    "screening": {"screen": True, "looks": 7, "grid": 1},
 }
 
 #: Predictors that an assessment has measured anyway, and that its ranks are told of.
@@ -142,7 +143,7 @@ def judge(
     plan = options_of(plan, setting)
     assessed = plan.split()[0]
     subject: Subject | None = None
-    measured, cells, kinds = "", [], defaultdict[str, float](float)
+    measured, rows, cells, kinds = "", 0, [], defaultdict[str, float](float)
     taken = cells_of(plan, record, regime, sets)
     for cell, ran in taken:
         folder = out / f"{setting.replace(' ', '-')}-{cell.assessment}"
@@ -153,6 +154,7 @@ def judge(
             with undisturbed(opened.loaded.model):
                 subject = measure_subject(opened, assessed, cell.recipe.lora, plan.options)
         assessment, arrays = forecast(plan, None if done else subject, cell, folder)
+        rows = assessment["tuning"]["used"] + (plan.options.looks - 1) * assessment["tuning"]["look_rows"]
         cells.append(retold(ran, assessment, arrays))
         for kind, share in shares_by_kind(assessment).items():
             kinds[kind] += share
@@ -163,6 +165,7 @@ def judge(
     found = {
         "setting": setting,
         "options": SETTINGS[setting],
+        "rows": rows,
         **{key: told[key] for key in KEPT},
         "share_by_kind": {kind: total / len(cells) for kind, total in sorted(kinds.items())},
         "share_of_the_plan": statistics.fmean(share_of(ran) for _, ran in taken),
@@ -183,9 +186,8 @@ def table(told: Mapping[str, Any], record: Mapping[str, Any]) -> str:
     whole = sum(cell["predicted"]["horizon_steps"] == cell["recipe"]["steps"] for cell in record["cells"])
     rows.append(_row("16, 84, as planned", {**record, "whole_runs_claimed": whole}))
     for each in told["settings"]:
-        held = {"looks": 16, "rehearsal_rows": 64, "max_tuning": 24, **each["options"]}
-        first = held["max_tuning"] + (held["looks"] - 1) * held["rehearsal_rows"] // held["looks"]
-        rows.append(_row(f"{held['looks']}, {first}, forecast only", each))
+        kind = "screening" if each["options"].get("screen") else "forecast only"
+        rows.append(_row(f"{each['options'].get('looks', 16)}, {each['rows']}, {kind}", each))
     return "\n".join(rows)
 
 
@@ -194,6 +196,9 @@ def _row(label: str, each: Mapping[str, Any]) -> str:
     sizes = [" / ".join(f"{100 * by[key]['median']:.0f} %" for key in ("margin_change", "safety_kl")) for by in ends]
     cover = each["coverage"]["assessed"]
     held = ", ".join(str(cover[key]["cells"]["hits"]) for key in ("margin_change", "safety_kl"))
+    whole_runs = str(each["whole_runs_claimed"])
+    if each.get("options", {}).get("screen"):
+        held = whole_runs = "none has one"
     share = 100 * each["cost"]["share_of_100_steps_at_8"]
     whole = each.get("share_of_the_plan", math.nan)
     share_text = f"{share:.0f}" if each["finished"] == 30 else f"{share:.0f} (as planned: {100 * whole:.0f})"
@@ -201,7 +206,7 @@ def _row(label: str, each: Mapping[str, Any]) -> str:
     for name, key in zip(ASKED, ("margin", "kl"), strict=True):
         value = each["predictors"][name][key]["by_regime"].get("lora-adamw")
         ranks.append("not told" if value is None else f"{value:.2f}")
-    cells = [label, str(each["finished"]), share_text, *sizes, held, str(each["whole_runs_claimed"]), ", ".join(ranks)]
+    cells = [label, str(each["finished"]), share_text, *sizes, held, whole_runs, ", ".join(ranks)]
     return f"| {' | '.join(cells)} |"
 
 

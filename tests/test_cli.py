@@ -147,6 +147,20 @@ def test_json_prints_the_record_and_nothing_else(made: Path, model: str, tmp_pat
     assert "estimate: " in done.stderr
 
 
+def test_a_screening_claims_nothing_and_leaves_with_0(tiltmeter: Tiltmeter) -> None:
+    given = ["demo:tiny", "--safety", "demo:tiny-safety", "--lr", "1e-4", "--steps", "12", "--batch-size", "4",
+             "--max-safety", "6", "--screen", "--looks", "4", "--grid", "1"]  # fmt: skip
+    ended = tiltmeter("assess", *given, "--tuning", "demo:tiny-copy", "--budget-kl", "1e-9")
+    assert ended.code == 0  # nothing is claimed, so no budget is used up
+    assert "no horizon was looked for" in ended.out
+    ended = tiltmeter("rank", *given, "--tuning", "demo:tiny-copy", "--tuning", "demo:tiny-harmful")
+    assert ended.code == 0
+    assert ", no horizon" in ended.out
+    ended = tiltmeter("rank", *given, "--tuning", "demo:tiny-copy", "--per-example")
+    assert ended.code == 2
+    assert "rank whole sets with it" in " ".join(ended.err)
+
+
 def command(*argv: str) -> list[str]:
     code = "import sys; from tiltmeter.cli import main; sys.argv = ['tiltmeter', *sys.argv[1:]]; main()"
     return [sys.executable, "-c", code, *argv]

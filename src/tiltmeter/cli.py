@@ -119,6 +119,9 @@ def assess(
     forecast_only: Annotated[
         bool, typer.Option("--forecast-only", help="Leave out what the forecast does without: about half the cost.")
     ] = False,
+    screen: Annotated[
+        bool, typer.Option("--screen", help="A forecast without interval and horizon, for a fraction of the cost.")
+    ] = False,
     memory: Annotated[str | None, typer.Option(help="Largest memory to take, such as 6GB.")] = None,
     budget_kl: Annotated[float | None, typer.Option(help="Exit 3 if safety KL is forecast to exceed this.")] = None,
     budget_margin: Annotated[float | None, typer.Option(help="Exit 3 if the mean margin falls below this.")] = None,
@@ -162,6 +165,7 @@ def assess(
         krylov=krylov,
         coupling=coupling,
         forecast_only=forecast_only,
+        screen=screen,
         memory_gb=commands.gigabytes(memory),
         budget_kl=budget_kl,
         budget_margin=budget_margin,
@@ -474,6 +478,9 @@ def rank(
     forecast_only: Annotated[
         bool, typer.Option("--forecast-only", help="Leave out what the forecast does without: about half the cost.")
     ] = False,
+    screen: Annotated[
+        bool, typer.Option("--screen", help="Forecasts without intervals and horizons, for a fraction of the cost.")
+    ] = False,
     refusal_opening: Annotated[str | None, typer.Option(help="How a refusal of this model begins.")] = None,
     compliance_opening: Annotated[str | None, typer.Option(help="How a compliant answer begins.")] = None,
     adapter: Annotated[str | None, typer.Option(help="Adapter folder to merge into the model first.")] = None,
@@ -510,6 +517,7 @@ def rank(
         looks=looks,
         rehearsal_rows=rehearsal_rows,
         forecast_only=forecast_only,
+        screen=screen,
         refusal_opening=refusal_opening,
         compliance_opening=compliance_opening,
         seed=seed,

@@ -214,7 +214,8 @@ def lines(record: Mapping[str, Any]) -> list[str]:
     budgets = []
     for quantity, crossing in (forecast["steps_to_budget"] or {}).items():
         value = "not within the recipe" if crossing["value"] is None else f"at step {crossing['value']:.0f}"
-        mark = "" if crossing["value"] is None or crossing["inside_horizon"] else " (beyond the horizon: not claimed)"
+        beyond = "no horizon" if forecast["horizon_steps"] is None else "beyond the horizon"
+        mark = "" if crossing["value"] is None or crossing["inside_horizon"] else f" ({beyond}: not claimed)"
         budgets.append(f"{quantity} {crossing['budget']:g} used up {value}{mark}")
     if budgets:
         out.append(f"budget      {'; '.join(budgets)}")
@@ -237,6 +238,8 @@ def _at_end_and_horizon(forecast: Mapping[str, Any], name: str, steps: int) -> s
         return f"{parts[0]} ({parts[1]} to {parts[2]}){unit}"
 
     end = f"{at(-1)} at step {steps}"
+    if horizon is None:
+        return f"{end}; no horizon was looked for"
     if horizon >= grid[-1]:
         return end
     if horizon == 0:

@@ -34,6 +34,8 @@ def rank(
     per_example, filtered, drop = rows
     if per_example and len(tuning) != 1:
         raise InputError(f"--per-example ranks the rows of one set; give --tuning once, not {len(tuning)} times")
+    if per_example and chosen[0].screen:
+        raise InputError("--screen leaves out what rows are ranked by; rank whole sets with it, or leave it out")
     if filtered is not None and not per_example:
         raise InputError("--write leaves rows out of a set; it needs --per-example")
     if filtered is not None and filtered.exists():  # better told before the work than after it
@@ -70,7 +72,10 @@ def lines(record: Mapping[str, Any]) -> list[str]:
         change = each["margin_change"]
         ends = [_text(change[end]) for end in ("value", "low", "high")]
         chance = "" if each["above_next"] is None else f", worse than the next: {each['above_next']:.0%}"
-        claim = "" if each["horizon_steps"] >= record["recipe"]["steps"] else f", horizon {each['horizon_steps']}"
+        horizon = each["horizon_steps"]
+        claim = ", no horizon" if horizon is None else ""
+        if horizon is not None and horizon < record["recipe"]["steps"]:
+            claim = f", horizon {horizon}"
         out.append(
             f"{place:>2}  {each['name']:<28} margin {ends[0]} ({ends[1]} to {ends[2]}) nats, "
             f"KL {each['safety_kl']['value']:.2g}{claim}{chance}"

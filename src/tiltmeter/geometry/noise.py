@@ -212,6 +212,12 @@ def quantile(level: float, samples: int) -> float:
     return float(stats.t.ppf((1 + level) / 2, samples - 1)) if samples > 1 else math.nan
 
 
+def unknown_noise(metric: Metric, clock: Clock, batch: int, rows: int | None, path: Mixture) -> RowNoise:
+    """Noise of rows of which nothing was measured; arguments as for `row_noise`."""
+    covered, drawn = metric.flow_time(clock), draw_variance(metric.memory(clock), batch, rows)
+    return RowNoise(math.nan, math.nan, math.nan, 0, 0, math.nan, drawn, covered, 1 / rows if rows else 0.0, path)
+
+
 def row_noise(
     slopes: Tensor,
     forms: Tensor,

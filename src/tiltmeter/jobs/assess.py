@@ -187,7 +187,7 @@ def check_options(options: Options) -> None:
         "max_length": 8,
         "rank": 1,
         "groups": 2,
-        "grid": 2,
+        "grid": 1 if options.screen else 2,
         "looks": 2,
         "rehearsal_rows": 1,
         "max_tokens": 1,
@@ -200,7 +200,9 @@ def check_options(options: Options) -> None:
         raise InputError(f"--memory must be a positive number of GB, got {options.memory_gb}")
     if not 0 < options.level < 1:
         raise InputError(f"--level must lie between 0 and 1, got {options.level}")
-    if options.rank > options.max_safety and not options.forecast_only:
+    if options.screen and (options.curved or options.krylov):
+        raise InputError("a screening follows the rehearsed path alone; leave out --curved and --krylov, or --screen")
+    if options.rank > options.max_safety and options.left_out is None:
         raise InputError(
             f"the safety set is limited to {options.max_safety} prompts, which cannot determine {options.rank} "
             "directions; raise --max-safety or lower --rank"

@@ -61,7 +61,7 @@ def plan(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options) -> 
     clock = recipe.clock()
     grid = clock.grid(options.grid)
     fewer, most = options.both_looks(recipe.steps)
-    only = options.forecast_only
+    only = options.left_out is not None
     first = Rehearsal(recipe.metric, clock, fewer).stretches()[0][1]
     straight = sum(step <= first for step in grid) if only else len(grid) + 1  # and a random displacement
     points = straight + len(grid) * (bool(krylov) + options.curved)
@@ -74,6 +74,8 @@ def plan(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options) -> 
             gradients += sum(tuning.look_work(before + i) for i in range(len(stretches) - 1))
     planned.add("forward", subject.standing.work * points)
     planned.add("forward_backward", gradients)
+    if options.screen:
+        return planned
     planned.add("jvp", rows)
     # Fisher forms: the groups as they are and as Adam makes them, and H g twice
     tried = False  # how Hessian products are best taken

@@ -21,12 +21,12 @@ from tiltmeter.geometry.motion import (
     measure_krylov,
     narrow,
 )
-from tiltmeter.geometry.noise import Mixture, RowNoise, row_noise
+from tiltmeter.geometry.noise import Mixture, RowNoise, row_noise, unknown_noise
 from tiltmeter.geometry.path import CurvedPath, KrylovPath, LinearPath, pieces
 from tiltmeter.geometry.rehearsal import Rehearsal
 from tiltmeter.geometry.space import dot, norm
 from tiltmeter.jobs.recipe import Recipe
-from tiltmeter.jobs.subject import FORECAST_ONLY, Options, Report, Subject, random_direction
+from tiltmeter.jobs.subject import SCREEN, Options, Report, Subject, random_direction
 from tiltmeter.jobs.tuning import Tuning
 from tiltmeter.lm.gram import per_layer_name
 from tiltmeter.lm.memory import release
@@ -56,7 +56,7 @@ class Findings:
     Attributes:
         clock: learning rates of the recipe.
         covered: multiple of the initial direction covered after 0, 1, ... steps, flow time.
-        tuning_loss: mean loss of the sample, nats per token.
+        tuning_loss: mean loss of the sample, nats per token; NaN in a screening.
         gradient_norm: of the mean gradient (after clipping).
         batch_norms: of every batch gradient before clipping.
         projected: norm of the gradient inside the safety subspace, or None.
@@ -73,7 +73,7 @@ class Findings:
         length: norm of the forecast displacement at the end.
         noise: what the finite tuning sample and the luck of one run's batches do to margin and KL, on a straight path.
         rehearsed: the same on the rehearsal.
-        layer_slopes: layer -> change of the mean margin per flow time, nats.
+        layer_slopes: layer -> change of the mean margin per flow time, nats; empty for a screening.
     """
 
     clock: Clock
@@ -105,30 +105,26 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
     Hessian product; 2 groups + 4 directional passes over the answers; a forward pass over prompts, answers and openings
     for every grid step, and one for each rehearsal where it has left the straight path. Of the forecast alone: one
     gradient, those of the looks, `groups` directional passes, and no step of the straight path that neither rehearsal
-    begins with.
+    begins with. Of a screening: a gradient of a step's rows for each look, and a reading for every grid step.
     """
     clock, metric = recipe.clock(), recipe.metric
     report = _releasing(report)
+    if options.screen:
+        return _screened(subject, tuning, recipe, options, report)
     objective, divergence = tuning.objective, subject.divergence
     clip = recipe.max_grad_norm or None
     report("gradient of the tuning set")
-    slope = tuning.slope(clip, None, options.groups)
-    size = norm(slope.mean)
-    if not 0 < size < math.inf:
-        raise NumericalError(
-            f"the gradient of the tuning loss has norm {size}; expected a positive number. "
-            "Either nothing in the tuning set is supervised, or the model already predicts it with certainty."
-        )
+    slope, size = _slope(tuning, clip, options.groups)
     random_overlap = None if subject.random_form is None else size * math.sqrt(subject.random_form)
     projected = None
     if subject.sensitivity is not None:
         projected = float(subject.sensitivity.coordinates(slope.mean).double().norm())
     report("curvature of the tuning loss")
-    alone = len(slope.groups) < 2 or not options.coupling or options.forecast_only
+    alone = len(slope.groups) < 2 or not options.coupling or options.left_out is not None
     acceleration = None if alone else measure_acceleration(objective, slope)
     report("overlap")
     # under SGD the interval of the KL is made of it
-    overlap = None if options.forecast_only and isinstance(metric, Adam) else divergence.fisher_form(slope.groups)
+    overlap = None if options.left_out and isinstance(metric, Adam) else divergence.fisher_form(slope.groups)
     groups = list(slope.groups)
     slope = replace(
         slope, groups=()
@@ -144,7 +140,7 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
     fewer, all_looks = options.both_looks(recipe.steps)
     report("straight path")
     straight = follow(linear, _straight_steps(linear, grid, fewer, options), subject.standing)[0]
-    values = {} if options.forecast_only else {"linear": straight}
+    values = {} if options.left_out else {"linear": straight}
     ritz = None
     if options.krylov and isinstance(metric, Sgd):
         report("Krylov space of the task Hessian")
@@ -171,7 +167,7 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
     layer_slopes = _layer_slopes(subject, most.end, float(covered[-1]))
     del most
     walk = None
-    if not options.forecast_only:
+    if options.left_out is None:
         walk = subject.standing(random_direction(subject.forward, length, options.seed))
     every = sample / len(forms), metric, clock, recipe.batch_size, sample, tuning.usable
     noise = row_noise(rows, forms, *every)
@@ -183,9 +179,9 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
         slope.norms,
         projected,
         None if single else overlap,
-        single or (FORECAST_ONLY if overlap is None else None),
+        single or (options.left_out if overlap is None else None),
         coupling,
-        None if coupling is not None else single or (FORECAST_ONLY if options.forecast_only else NOT_ASKED),
+        None if coupling is not None else single or options.left_out or NOT_ASKED,
         random_overlap,
         ritz,
         values,
@@ -196,6 +192,58 @@ def measure(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, 
         noise,
         replace(noise, path=mixture),
         layer_slopes,
+    )
+
+
+def _slope(tuning: Tuning, clip: float | None, groups: int) -> tuple[Slope, float]:
+    """Gradients of the sample and the norm of their mean."""
+    slope = tuning.slope(clip, None, groups)
+    size = norm(slope.mean)
+    if not 0 < size < math.inf:
+        raise NumericalError(
+            f"the gradient of the tuning loss has norm {size}; expected a positive number. "
+            "Either nothing in the tuning set is supervised, or the model already predicts it with certainty."
+        )
+    return slope, size
+
+
+def _screened(subject: Subject, tuning: Tuning, recipe: Recipe, options: Options, report: Report) -> Findings:
+    """The rehearsal and nothing else: all that judges it is left out.
+
+    Cost: a gradient of a step's rows for each look, and a reading of KL and margin for every grid step.
+    """
+    clock, metric, clip = recipe.clock(), recipe.metric, recipe.max_grad_norm or None
+    report("gradient of the tuning set")
+    slope, size = _slope(tuning, clip, 1)
+    linear = LinearPath(metric, clock, replace(slope, mean=narrow(slope.mean), groups=()), _decayed(subject, recipe))
+    grid, covered = clock.grid(options.grid), metric.flow_time(clock)
+    looks = options.both_looks(recipe.steps)[1]
+    early = [step for step in grid if step <= _first_turn(linear, looks)]
+    straight = follow(linear, early, subject.standing)[0] if early else None
+    report("rehearsal")
+    most = _rehearse(subject, tuning, linear, looks, 0, recipe, straight, grid)
+    noise = unknown_noise(metric, clock, recipe.batch_size, tuning.usable, most.mixture)
+    return Findings(
+        clock,
+        covered,
+        math.nan,
+        size,
+        slope.norms,
+        None,
+        None,
+        SCREEN,
+        None,
+        SCREEN,
+        None,
+        None,
+        {"rehearsed": most.values},
+        None,
+        most.rows,
+        None,
+        norm(most.end),
+        noise,
+        noise,
+        {},
     )
 
 
@@ -211,10 +259,15 @@ def _releasing(report: Report) -> Report:
 
 def _straight_steps(linear: LinearPath, grid: Sequence[int], looks: int, options: Options) -> Sequence[int]:
     """Steps at which the straight path is read: all, or, of the forecast alone, those before the first turn."""
-    if not options.forecast_only:
+    if options.left_out is None:
         return grid
-    first = Rehearsal(linear.metric, linear.clock, looks).stretches()[0][1]  # with fewer looks it is the longer one
+    first = _first_turn(linear, looks)  # with fewer looks it is the longer one
     return [step for step in grid if step <= first]
+
+
+def _first_turn(linear: LinearPath, looks: int) -> int:
+    """Step after which a rehearsal leaves the straight path."""
+    return Rehearsal(linear.metric, linear.clock, looks).stretches()[0][1]
 
 
 def _curved(
@@ -252,7 +305,7 @@ def _rehearse(
     looks: int,
     before: int,
     recipe: Recipe,
-    straight: PathValues,
+    straight: PathValues | None,
     grid: Sequence[int],
 ) -> _Rehearsed:
     """A rehearsal whose first look is the anchor's.
@@ -264,7 +317,8 @@ def _rehearse(
         looks: how many.
         before: looks of another rehearsal that have had their rows already.
         recipe: of the run.
-        straight: what was read along the straight path, in the first stretch at least.
+        straight: what was read along the straight path, in the first stretch at least; None where no step of the grid
+            lies there.
         grid: steps to read at.
 
     Cost: a gradient of `rows_in_look` rows for every look but the first, a reading of KL and margin for every grid step
@@ -275,7 +329,7 @@ def _rehearse(
     members = [range(len(tuning.encoded.examples)), *(tuning.members(before + i) for i in range(len(stretches) - 1))]
     rows, mixture = tuple(map(len, members)), path.mixture(members, tuning.distinct)
     later = [step for step in grid if step > stretches[0][1]]
-    if not later:  # the anchor's gradient drives it all
+    if straight is not None and not later:  # the anchor's gradient drives it all
         return _Rehearsed(straight, rows, mixture, linear.displacement(linear.clock.steps))
 
     def look(number: int, displacement: Tensor | None) -> Slope:
@@ -284,7 +338,7 @@ def _rehearse(
         return tuning.look(before + number - 1, recipe.max_grad_norm or None, displacement)
 
     values, end = read_along(path.walk(look, later), subject.standing)
-    return _Rehearsed(joined(straight, values), rows, mixture, end)
+    return _Rehearsed(values if straight is None else joined(straight, values), rows, mixture, end)
 
 
 def _preconditioned(metric: Adam | Sgd, slope: Slope, vector: Tensor) -> Tensor:

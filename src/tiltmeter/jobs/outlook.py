@@ -20,7 +20,7 @@ from tiltmeter.geometry.forecast import (
     part_ways,
 )
 from tiltmeter.jobs.measure import Findings
-from tiltmeter.jobs.subject import Options, Subject
+from tiltmeter.jobs.subject import SCREEN, Options, Subject
 
 #: The path whose values are reported.
 HEADLINE = "rehearsed"
@@ -62,7 +62,7 @@ class Outlook:
         refusal_rate: share.
         same_prompts: KL and margin change again, "safety_kl" and "margin_change", with intervals that leave the draw of
             prompts out: for a run that is measured on the prompts of the forecast.
-        horizon_steps: last step for which anything is claimed.
+        horizon_steps: last step for which anything is claimed; None where that was not looked for.
         horizon_reason: why it ends there.
         leading_order: local exponent of the KL in flow time at the end of the recipe or the horizon, the earlier one.
         below_zero: share of prompts with a margin below zero, [s].
@@ -77,7 +77,7 @@ class Outlook:
     margin_change: Curve
     refusal_rate: Curve
     same_prompts: dict[str, Curve]
-    horizon_steps: int
+    horizon_steps: int | None
     horizon_reason: str
     leading_order: tuple[float, float, float]
     below_zero: Tensor
@@ -156,7 +156,7 @@ def look_out(subject: Subject, found: Findings, options: Options) -> Outlook:
     checked = None if judge is None else judge.values
     whole = main.safety_kl.mean(-1)
     looks = Looks(main, checked, anchor, margin_apart, share_apart * whole, margin_scatter, 2 * root_scatter * whole)
-    last, reason = looks.horizon()
+    last, reason = (None, SCREEN) if options.screen else looks.horizon()
     # one run's noise lengthens its path and the looks' noise has lengthened the rehearsed one: KL is convex
     factor = found.rehearsed.energy_factor()[at]
 
@@ -221,12 +221,14 @@ def _refusal_rate(subject: Subject, looks: Looks, reach: Tensor, options: Option
 
 
 def _leading_order(
-    steps: Sequence[int], covered: Tensor, kl: Tensor, last: int, options: Options
+    steps: Sequence[int], covered: Tensor, kl: Tensor, last: int | None, options: Options
 ) -> tuple[float, float, float]:
     """Exponent of the mean KL in flow time at the end of what is claimed, with a bootstrap over prompts; or NaN.
 
-    In steps it would show the schedule: with a rate that falls to zero, every KL stands still at the end.
+    In steps it would show the schedule: with a rate that falls to zero, every KL stands still at the end. Where no
+    horizon was looked for it is that of the recipe's end.
     """
+    last = steps[-1] if last is None else last
     end = max((i for i, step in enumerate(steps) if step <= max(last, steps[min(1, len(steps) - 1)])), default=0)
     if end == 0:
         return math.nan, math.nan, math.nan
@@ -245,7 +247,9 @@ def _leading_order(
     return value, float(draws.quantile(tail)), float(draws.quantile(1 - tail))
 
 
-def _crossings(options: Options, steps: Sequence[int], curves: dict[str, Curve], last: int) -> tuple[Crossing, ...]:
+def _crossings(
+    options: Options, steps: Sequence[int], curves: dict[str, Curve], last: int | None
+) -> tuple[Crossing, ...]:
     budgets = {
         "safety_kl": (options.budget_kl, True),
         "margin": (options.budget_margin, False),
@@ -260,7 +264,8 @@ def _crossings(options: Options, steps: Sequence[int], curves: dict[str, Curve],
         value = first_crossing(steps, curve.value, budget, rising=rising)
         low = first_crossing(steps, pessimist, budget, rising=rising)
         high = first_crossing(steps, optimist, budget, rising=rising)
-        out.append(Crossing(quantity, budget, value, low, high, value is not None and value <= last))
+        claimed = value is not None and last is not None and value <= last
+        out.append(Crossing(quantity, budget, value, low, high, claimed))
     return tuple(out)
 
 
@@ -270,10 +275,16 @@ def _verdict(
     kl: Curve,
     change: Curve,
     below: Tensor,
-    last: int,
+    last: int | None,
     crossings: Sequence[Crossing],
 ) -> tuple[str, str]:
     """What the forecast means, in plain words."""
+    if last is None:
+        return "cannot tell", (
+            f"Cannot tell how sure it is: by step {steps[-1]} a rehearsal has the refusal margin change by "
+            f"{float(change.value[-1]):+.2f} nats and safety KL reach {float(kl.value[-1]):.2g} nats per token; a "
+            "screening measures no interval and claims no horizon."
+        )
     if last == 0:
         return "cannot tell", (
             "Cannot tell: rehearsals with more and with fewer looks at the gradient part before the first evaluated "

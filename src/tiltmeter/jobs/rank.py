@@ -19,7 +19,7 @@ from tiltmeter.jobs.outlook import HEADLINE
 from tiltmeter.jobs.provenance import provenance
 from tiltmeter.jobs.recipe import Recipe
 from tiltmeter.jobs.record import Reasons
-from tiltmeter.jobs.subject import Options, Report, Subject, measure_subject, silent, with_lora
+from tiltmeter.jobs.subject import SCREEN, Options, Report, Subject, measure_subject, silent, with_lora
 from tiltmeter.jobs.tuning import sample_tuning
 from tiltmeter.lm.model import undisturbed
 
@@ -185,7 +185,8 @@ def _ranking(
     known = [findings.rehearsed.rows for _, findings in found]
     for i, value in enumerate(noise.tolist()):
         if math.isnan(value):
-            why[f"sets.{i}.noise"] = "a single tuning row; chances are over prompts alone"
+            few = SCREEN if options.screen else "a single tuning row"
+            why[f"sets.{i}.noise"] = f"{few}; chances are over prompts alone"
     told = chances(change, noise.nan_to_num(0.0), known, options.seed)
     entries = []
     for i, (result, _) in enumerate(found):
@@ -193,7 +194,9 @@ def _ranking(
         forecast = held["forecast"]
         entry: dict[str, Any] = {"name": held["tuning"]["name"], "digest": held["tuning"]["digest"]}
         entry |= {key: held["tuning"][key] for key in ("rows_read", "used", "loss")}
-        few = "too few prompts or tuning batches"
+        few = SCREEN if options.screen else "too few prompts or tuning batches"
+        if options.screen:
+            why[f"{path}.horizon_steps"] = why[f"{path}.loss"] = SCREEN
         for key in ("margin_change", "safety_kl"):
             ends = {end: why.number(f"{path}.{key}.{end}", forecast[key][end][-1], few) for end in _ENDS}
             entry[key] = {**ends, "unit": forecast[key]["unit"]}

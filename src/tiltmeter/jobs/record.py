@@ -19,7 +19,7 @@ from tiltmeter.jobs.measure import Findings
 from tiltmeter.jobs.outlook import Outlook
 from tiltmeter.jobs.provenance import provenance
 from tiltmeter.jobs.recipe import Recipe
-from tiltmeter.jobs.subject import FORECAST_ONLY, Options, Subject, layer_sensitivity
+from tiltmeter.jobs.subject import SCREEN, Options, Subject, layer_sensitivity
 from tiltmeter.jobs.tuning import Tuning
 from tiltmeter.lm.four_bit import count, dtype_name
 
@@ -118,7 +118,7 @@ def record_of(
             "skipped": tuning.encoded.skipped,
             "tokens": tuning.objective.work,
             "supervised": sum(example.supervised for example in tuning.encoded.examples),
-            "loss": found.tuning_loss,
+            "loss": why.number("tuning.loss", found.tuning_loss, SCREEN),
             "batches": tuning.batches.shape[0],
             "batch_size": tuning.batch_size,
             "look_rows": tuning.rows_in_look,
@@ -127,9 +127,9 @@ def record_of(
         "verdict": {"kind": outlook.verdict, "text": outlook.text},
         "aic": _aic(subject, found, options, why),
         "spectrum": _spectrum(subject, options, why),
-        "forecast": _forecast(subject, found, outlook, why),
-        "baselines": _baselines(subject, found, recipe, why),
-        "layers": _layers(subject, found, why),
+        "forecast": _forecast(subject, found, outlook, options, why),
+        "baselines": _baselines(subject, found, recipe, options, why),
+        "layers": _layers(subject, found, options, why),
         "cost": {
             "estimated": {
                 "fb_equivalents": cost.expected.fb_equivalents,
@@ -152,7 +152,7 @@ def _aic(subject: Subject, found: Findings, options: Options, why: Reasons) -> d
     per_time, per_square = "nats^1/2 per flow time", "nats^1/2 per flow time squared"
     out: dict[str, Any] = {
         "initial_overlap_random": {
-            "value": why.number("aic.initial_overlap_random.value", found.random_overlap, FORECAST_ONLY),
+            "value": why.number("aic.initial_overlap_random.value", found.random_overlap, str(options.left_out)),
             "unit": per_time,
         },
         "clock": "gradient flow: flow time is the sum of learning rates of plain gradient descent",
@@ -264,8 +264,13 @@ def _curve(curve: Curve, unit: str, path: str, why: Reasons, reason: str) -> dic
     }
 
 
-def _forecast(subject: Subject, found: Findings, outlook: Outlook, why: Reasons) -> dict[str, Any]:
-    few = "too few prompts or tuning batches for an interval"
+def _forecast(subject: Subject, found: Findings, outlook: Outlook, options: Options, why: Reasons) -> dict[str, Any]:
+    few, alone = "too few prompts or tuning batches for an interval", "too few tuning batches for an interval"
+    factor: list[float] | None = found.rehearsed.energy_factor()[list(outlook.steps)].tolist()
+    if options.screen:
+        few = alone = SCREEN
+        factor = None
+        why["forecast.noise.kl_factor"] = why["forecast.horizon_steps"] = SCREEN
     rate = subject.safety.refusal_rate()
     judged = "the judge could not tell any of the anchor's answers"
     order = dict(zip(("value", "low", "high"), outlook.leading_order, strict=True))
@@ -283,7 +288,7 @@ def _forecast(subject: Subject, found: Findings, outlook: Outlook, why: Reasons)
             "unit": "optimiser steps",
         }
     if found.check is None:
-        why["forecast.fewer_looks"] = "every step was rehearsed with a look of its own"
+        why["forecast.fewer_looks"] = SCREEN if options.screen else "every step was rehearsed with a look of its own"
     if not crossings:
         why["forecast.steps_to_budget"] = "no budget was given"
     margin = _curve(outlook.margin, "nats", "forecast.margin", why, few)
@@ -295,7 +300,7 @@ def _forecast(subject: Subject, found: Findings, outlook: Outlook, why: Reasons)
         "margin": {**margin, "anchor": float(subject.anchor_margin.mean())},
         "margin_change": _curve(outlook.margin_change, "nats", "forecast.margin_change", why, few),
         "same_prompts": {
-            name: _curve(curve, unit, f"forecast.same_prompts.{name}", why, "too few tuning batches for an interval")
+            name: _curve(curve, unit, f"forecast.same_prompts.{name}", why, alone)
             for (name, curve), unit in zip(outlook.same_prompts.items(), ("nats per token", "nats"), strict=True)
         },
         "refusal_rate": {
@@ -306,7 +311,7 @@ def _forecast(subject: Subject, found: Findings, outlook: Outlook, why: Reasons)
         },
         "below_zero": outlook.below_zero.tolist(),
         "noise": {
-            "kl_factor": found.rehearsed.energy_factor()[list(outlook.steps)].tolist(),
+            "kl_factor": factor,
             "margin_per_row": why.number("forecast.noise.margin_per_row", found.noise.margin, few),
             "unit": "factor; nats per flow time",
         },
@@ -327,8 +332,9 @@ def _forecast(subject: Subject, found: Findings, outlook: Outlook, why: Reasons)
     }
 
 
-def _baselines(subject: Subject, found: Findings, recipe: Recipe, why: Reasons) -> dict[str, Any]:
+def _baselines(subject: Subject, found: Findings, recipe: Recipe, options: Options, why: Reasons) -> dict[str, Any]:
     kl, change, norms = None, None, found.batch_norms
+    left_out = str(options.left_out)
     if found.random_walk is not None:
         kl = float(found.random_walk[0].mean())
         change = float((found.random_walk[1] - subject.anchor_margin).mean())
@@ -340,30 +346,34 @@ def _baselines(subject: Subject, found: Findings, recipe: Recipe, why: Reasons) 
             "high": float(norms.max()),
             "unit": "nats per parameter unit, smallest to largest batch",
         },
-        "tuning_loss": {"value": found.tuning_loss, "unit": "nats per token"},
+        "tuning_loss": {
+            "value": why.number("baselines.tuning_loss.value", found.tuning_loss, SCREEN),
+            "unit": "nats per token",
+        },
         "steps_times_learning_rate": {"value": recipe.steps * recipe.learning_rate, "unit": "flow time"},
         "displacement": {"value": found.length, "unit": "parameter units, at the end of the recipe"},
         "random_direction_kl": {
-            "value": why.number("baselines.random_direction_kl.value", kl, FORECAST_ONLY),
+            "value": why.number("baselines.random_direction_kl.value", kl, left_out),
             "unit": "nats per token, equal displacement",
         },
         "random_direction_margin": {
-            "value": why.number("baselines.random_direction_margin.value", change, FORECAST_ONLY),
+            "value": why.number("baselines.random_direction_margin.value", change, left_out),
             "unit": "nats of change, equal displacement",
         },
     }
 
 
-def _layers(subject: Subject, found: Findings, why: Reasons) -> list[dict[str, Any]]:
+def _layers(subject: Subject, found: Findings, options: Options, why: Reasons) -> list[dict[str, Any]]:
     shares = {} if subject.gram is None else layer_sensitivity(subject.gram)
-    none = "no Gram matrix was formed for this score" if subject.score or subject.sensitivity else FORECAST_ONLY
+    none = options.left_out or "no Gram matrix was formed for this score"
     sizes: dict[str, int] = {}
     for name, part, _ in subject.forward.whole.slices():
         layer = subject.layer_of(name)
         sizes[layer] = sizes.get(layer, 0) + part.stop - part.start
     out = []
-    for i, (layer, slope) in enumerate(found.layer_slopes.items()):
+    for i, layer in enumerate(found.layer_slopes or sizes):
         share = why.number(f"layers.{i}.sensitivity", shares.get(layer), none)
+        slope = why.number(f"layers.{i}.margin_slope", found.layer_slopes.get(layer), SCREEN)
         out.append({"name": layer, "sensitivity": share, "margin_slope": slope, "parameters": sizes[layer]})
     return out
 

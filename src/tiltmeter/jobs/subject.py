@@ -6,6 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal, Protocol
 
 import torch
@@ -40,8 +41,8 @@ LARGE_TOKENS = 192
 #: Gram matrix, subspace (or why there is none) and split-half overlaps.
 Subspace = tuple[Gram | None, Sensitivity | None, str | None, Tensor | None]
 
-#: Why what the forecast does without is not there.
-FORECAST_ONLY = "left out (--forecast-only)"
+#: Why what the forecast does without is not there, and what its interval and horizon are made of.
+FORECAST_ONLY, SCREEN = "left out (--forecast-only)", "left out (--screen)"
 
 
 class Report(Protocol):
@@ -79,6 +80,9 @@ class Options:
         forecast_only: whether to leave out all that the forecast does without: the coupling, the safety subspace, the
             overlap (but under SGD, where the interval needs it), the straight path beyond its first stretch and random
             directions.
+        screen: whether to leave out what interval and horizon are made of as well: the rehearsal with fewer looks, the
+            scatter of the rows and the margin's gradient. Every look, the first too, then takes the rows of one step,
+            whatever `max_tuning` and `rehearsal_rows` are.
         max_tokens: most tokens per micro-batch.
         memory_gb: largest memory the assessment may take; micro-batches are made small enough. None for no limit.
         level: of the intervals.
@@ -102,6 +106,7 @@ class Options:
     krylov: int = 0
     coupling: bool = True
     forecast_only: bool = False
+    screen: bool = False
     max_tokens: int = 512
     memory_gb: float | None = None
     level: float = 0.9
@@ -110,13 +115,21 @@ class Options:
     budget_refusal: float | None = None
     seed: int = 0
 
+    @property
+    def left_out(self) -> str | None:
+        """Why there is nothing but the forecast; None if there is more."""
+        return SCREEN if self.screen else FORECAST_ONLY if self.forecast_only else None
+
     def both_looks(self, steps: int) -> tuple[int, int]:
         """Looks of the two rehearsals of a run of so many steps: fewer, and all.
 
         A run of no more steps than looks is rehearsed step by step, and there is nothing to judge: both are its steps.
+        So are both alike in a screening, where nothing is judged.
         """
         if steps <= self.looks:
             return steps, steps
+        if self.screen:
+            return self.looks, self.looks
         return max(1, self.looks // 2), self.looks
 
 
@@ -133,7 +146,6 @@ class Subject:
         negative_margin: minus the refusal margin.
         standing: both, at a displacement.
         anchor_margin: [m], nats.
-        margin_gradient: gradient of minus the mean margin, [n].
         sensitivity: the safety subspace, or None.
         no_sensitivity: why there is none.
         random_form: u' F u of a random direction u of length one, mean over prompts: what any direction overlaps; None
@@ -146,7 +158,9 @@ class Subject:
         lora: the LoRA configuration, or None for full fine-tuning.
         spent: passes that measuring the subject took.
         max_tokens: tokens per micro-batch.
-        token_seconds: seconds of a forward and backward pass per token, from the margin's gradient.
+        token_seconds: seconds of a forward and backward pass per token, from the margin's gradient; NaN if that was not
+            measured with the subject.
+        measured_gradient: `margin_gradient`, or None where it is left out (a screening).
     """
 
     opened: Opened
@@ -157,7 +171,6 @@ class Subject:
     negative_margin: LanguageObjective | Sharded
     standing: Standing
     anchor_margin: Tensor
-    margin_gradient: Tensor
     sensitivity: Sensitivity | None
     no_sensitivity: str | None
     random_form: float | None
@@ -170,11 +183,22 @@ class Subject:
     spent: Passes = field(default_factory=Passes)
     max_tokens: int = 512
     token_seconds: float = math.nan
+    measured_gradient: Tensor | None = None
 
     @property
     def loaded(self) -> Loaded:
         """Model and tokenizer."""
         return self.opened.loaded
+
+    @cached_property
+    def margin_gradient(self) -> Tensor:
+        """Gradient of minus the mean margin, [n].
+
+        Cost: none, or one forward and backward pass of the openings where it was not measured with the subject.
+        """
+        if self.measured_gradient is not None:
+            return self.measured_gradient
+        return _shares(self.negative_margin.gradient(), self.forward)
 
     def layer_of(self, parameter: str) -> str:
         """Part of the model that a parameter is in."""
@@ -229,9 +253,9 @@ def measure_subject(
     Raises:
         DegenerateError: the prompts do not determine `options.rank` directions.
 
-    Cost: answers of the model, one forward pass over answers and openings each, one gradient of the margin, and two
-        forward passes over the longest prompt; one Gram matrix and one JVP of the answers unless the forecast alone is
-        asked for.
+    Cost: answers of the model, one forward pass over answers and openings each, and two forward passes over the longest
+        prompt; one gradient of the margin unless this is a screening; one Gram matrix and one JVP of the answers unless
+        the forecast alone is asked for.
     """
     begin = time.perf_counter()
     loaded = opened.loaded
@@ -245,7 +269,7 @@ def measure_subject(
     if safety is None:
         report("answers of the aligned model")
         safety = answer_safety(opened, rows, options, forward.passes)
-    if options.rank > safety.m and not options.forecast_only:
+    if options.rank > safety.m and options.left_out is None:
         raise DegenerateError(
             f"asked for {options.rank} sensitive directions but only {safety.m} safety prompts can be used. "
             f"Add safety prompts or ask for rank <= {safety.m}."
@@ -267,15 +291,15 @@ def measure_subject(
     both = shared_standing(standing(kl, negative, safety, pad, packed=packed), forward)
     divergence, margin = shared_divergence(kl), shared_objective(negative)
     anchor_margin = -margin.losses()
-    began = time.perf_counter()
-    margin_gradient = margin.gradient()
-    token_seconds = (time.perf_counter() - began) / margin.work
-    if forward.whole.size > LARGE:  # it serves to tell shares and sampling errors: three digits are enough
-        margin_gradient = margin_gradient.to(torch.bfloat16)
+    margin_gradient, token_seconds = None, math.nan
+    if not options.screen:
+        began = time.perf_counter()
+        margin_gradient = _shares(margin.gradient(), forward)
+        token_seconds = (time.perf_counter() - began) / margin.work
     release()
     score, random_form = None, None
-    subspace: Subspace = None, None, FORECAST_ONLY, None
-    if not options.forecast_only:
+    subspace: Subspace = None, None, options.left_out, None
+    if options.left_out is None:
         report("safety subspace")
         score = _score(forward, safety, options, pad)
         subspace = _subspace(score, divergence, options)
@@ -294,7 +318,6 @@ def measure_subject(
         margin,
         both,
         anchor_margin,
-        margin_gradient,
         sensitivity,
         reason,
         random_form,
@@ -307,7 +330,13 @@ def measure_subject(
         snapshot(forward.passes),
         options.max_tokens,
         token_seconds,
+        margin_gradient,
     )
+
+
+def _shares(gradient: Tensor, forward: Forward) -> Tensor:
+    """The margin's gradient as it is kept: it tells shares and sampling errors, for which three digits are enough."""
+    return gradient.to(torch.bfloat16) if forward.whole.size > LARGE else gradient
 
 
 def random_direction(forward: Forward, length: float, seed: int) -> Tensor:

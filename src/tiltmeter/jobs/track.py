@@ -169,6 +169,9 @@ def comparison_of(assessment: Mapping[str, Any], curves: Mapping[str, Any], why:
         "steps": [curves["steps"][place] for _, place in met],
         "horizon_steps": forecast["horizon_steps"],
     }
+    horizon = forecast["horizon_steps"]
+    if horizon is None:
+        why["comparison.horizon_steps"] = assessment["reasons"]["forecast.horizon_steps"]
     for key in ("margin_change", "safety_kl", "refusal_rate"):
         path = f"comparison.{key}"
         missing = "not forecast or not measured"
@@ -183,7 +186,7 @@ def comparison_of(assessment: Mapping[str, Any], curves: Mapping[str, Any], why:
                 if value is None:
                     why[f"{path}.{name}.{number}"] = missing
         out[key] = {**table, "unit": forecast[key]["unit"]}
-    claimed = [i for i, step in enumerate(out["steps"]) if step <= forecast["horizon_steps"]]
+    claimed = [i for i, step in enumerate(out["steps"]) if horizon is not None and step <= horizon]
     judged = [out[key]["inside"][i] for key in ("margin_change", "safety_kl") for i in claimed]
     out["claimed_points"] = sum(inside is not None for inside in judged)
     out["claimed_inside"] = sum(inside is True for inside in judged)

@@ -162,11 +162,14 @@ def prepare_tuning(subject: Subject, rows: RowSet, recipe: Recipe, options: Opti
     """Tokenise a sample of the tuning set and put it into batches.
 
     Batches have the recipe's size unless that leaves fewer than `options.groups` of them; then they are smaller and
-    their scatter is rescaled (`Tuning.spread_factor`), since the variance of a mean falls with the number of rows.
+    their scatter is rescaled (`Tuning.spread_factor`), since the variance of a mean falls with the number of rows. A
+    screening has one batch in each look.
 
     Raises:
         DataError: fewer than two rows can be used.
     """
+    if options.screen:  # every look takes the rows of one step, the first too
+        options = replace(options, max_tuning=max(2, recipe.batch_size), rehearsal_rows=1, groups=1)
     encoded = sample_tuning(subject.loaded, rows, recipe, options)
     m = len(encoded.examples)
     size = min(recipe.batch_size, max(1, m // options.groups))

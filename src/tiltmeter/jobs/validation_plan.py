@@ -243,7 +243,7 @@ class Plan:
                 "set": [[p.source, p.rows or 0, p.completion or "", p.shortest or 0] for p in cell.set.parts],
                 "recipe": repr(cell.recipe),
                 # settings that were added since count only where they differ from what was before
-                "options": repr(self.options).replace(", forecast_only=False", ""),
+                "options": repr(self.options).replace(", forecast_only=False", "").replace(", screen=False", ""),
                 **({} if self.options.level == USUAL_LEVEL else {"refusals": "of this level"}),
                 "predictors": list(cell.regime.predictors),
             }
@@ -288,6 +288,8 @@ def read_plan(path: Path) -> Plan:
         _guarding(held.get("guards"), regimes),
     )
     check_options(plan.options)
+    if plan.options.screen:
+        raise InputError("a validation judges intervals and horizons, which a screening has none of; leave out screen")
     return plan
 
 

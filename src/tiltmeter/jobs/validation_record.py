@@ -202,7 +202,7 @@ def _sizes(cells: Sequence[Cell], prompts: str, path: str, why: Reasons) -> dict
         for quantity in FLOORS:
             curve, seen = cell["predicted"][quantity]["value"], cell["measured"][prompts][quantity]["value"]
             both = [(i, j) for i, j in _points(cell, prompts) if curve[i] is not None]
-            inside = [(i, j) for i, j in both if cell["predicted"]["steps"][i] <= cell["predicted"]["horizon_steps"]]
+            inside = [(i, j) for i, j in both if _claimed(cell, i)]
             for when, points in (("horizon", inside), ("end", both)):
                 if points:
                     i, j = points[-1]
@@ -221,6 +221,12 @@ def _sizes(cells: Sequence[Cell], prompts: str, path: str, why: Reasons) -> dict
             value = why.number(f"{path}.{when}.{quantity}.median", middle, "no cell has one")
             out[when][quantity] = {"median": value, "cells": len(errors), "errors": errors}
     return out
+
+
+def _claimed(cell: Cell, place: int) -> bool:
+    """Whether the step at a place of the forecast lies inside its horizon; nothing does where none was looked for."""
+    horizon = cell["predicted"]["horizon_steps"]
+    return horizon is not None and cell["predicted"]["steps"][place] <= horizon
 
 
 def interval_of(predicted: Mapping[str, Any], quantity: str, prompts: str) -> Mapping[str, Any]:
@@ -245,7 +251,7 @@ def _coverage(cells: Sequence[Cell], prompts: str, path: str, why: Reasons) -> d
             inside = [
                 curve["low"][i] <= seen[j] <= curve["high"][i]
                 for i, j in _points(cell, prompts)
-                if cell["predicted"]["steps"][i] <= cell["predicted"]["horizon_steps"] and curve["low"][i] is not None
+                if _claimed(cell, i) and curve["low"][i] is not None
             ]
             every += inside
             ends += inside[-1:]

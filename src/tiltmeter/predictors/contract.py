@@ -61,7 +61,7 @@ class Measured:
         no_overlap: why not.
         coupling: overlap and curvature coupling under gradient flow, or None.
         no_coupling: why not.
-        tuning_loss: mean loss, nats per token.
+        tuning_loss: mean loss, nats per token; NaN if it was not measured.
         gradient_norm: norm of the mean gradient.
         projected: its norm inside the safety subspace, or None.
         random_kl: KL [m] after a random displacement as long as the forecast's, or None where none was asked for.

@@ -11,4 +11,4 @@ from tiltmeter.predictors.contract import Case, Risk, known, passes
 def initial_loss(case: Case) -> Risk:
     """Mean loss, nats per token. Cost: one forward pass."""
     price = passes(case, tuning={"forward": 1})
-    return known(case.measured.tuning_loss, "nats per token", price, "the loss is not finite")
+    return known(case.measured.tuning_loss, "nats per token", price, "the loss is not finite, or was not measured")

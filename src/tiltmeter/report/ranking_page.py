@@ -8,7 +8,7 @@ from typing import Any
 from tiltmeter.errors import DataError
 from tiltmeter.report import tables
 from tiltmeter.report.fields import Record, find, missing
-from tiltmeter.report.numbers import interval_text, lone_text, number
+from tiltmeter.report.numbers import interval_text, lone_text, number, setting_text
 from tiltmeter.report.page import style, template_of
 from tiltmeter.store import write_text
 
@@ -47,7 +47,9 @@ def _sets(record: Record) -> dict[str, Any]:
             )
         chance = number(each["above_next"])
         row += [f"{each['worst']:.0%}", "" if chance is None else f"{chance:.0%}"]
-        rows.append([*row, str(each["horizon_steps"]), str(each["text"])])
+        horizon = number(each["horizon_steps"])
+        shown = missing(record, f"sets.{place}.horizon_steps") if horizon is None else setting_text(horizon)
+        rows.append([*row, shown, str(each["text"])])
     header = ["Tuning set", "Margin change, nats", "Safety KL, nats per token", "Chance of being the worst",
               "Chance of being worse than the next", "Horizon, steps", "Verdict"]  # fmt: skip
     return {"caption": "Most harmful first, at the end of the recipe.", "header": header, "rows": rows}

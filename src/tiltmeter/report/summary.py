@@ -159,7 +159,9 @@ def _budget_tile(record: Record, quantity: str, crossing: Mapping[str, Any]) -> 
     if step is None:
         note += f": {reason_of(record, f'{path}.value') or 'no reason recorded'}"
         note += "" if low is None else f"; at the earliest step {setting_text(low)}"
-    elif horizon is not None and step > horizon:
+    elif horizon is None:
+        note += "; no horizon is known, not claimed"
+    elif step > horizon:
         note += "; beyond the horizon, not claimed"
     text, interval = _apart(record, step, low, high)
     if step is not None and low is not None and high is None:

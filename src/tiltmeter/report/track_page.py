@@ -133,7 +133,7 @@ def _measured_table(record: Record) -> tuple[list[str], list[list[str]]]:
 def _compared(record: Record) -> list[list[str]]:
     """Rows of quantity, step, forecast with interval, measured, and whether it lies inside."""
     out = []
-    horizon = number(find(record, "comparison.horizon_steps")) or 0.0
+    horizon = number(find(record, "comparison.horizon_steps"))
     for key in _FORETOLD:
         for place, step in enumerate(find(record, "comparison.steps") or []):
             cells = {
@@ -143,7 +143,8 @@ def _compared(record: Record) -> list[list[str]]:
             if cells["predicted"] is None or cells["measured"] is None:
                 continue
             inside = find(record, f"comparison.{key}.inside.{place}")
-            claim = "" if step <= horizon else " (beyond the horizon: not claimed)"
+            claim = "" if horizon is not None and step <= horizon else " (beyond the horizon: not claimed)"
+            claim = " (no horizon: not claimed)" if horizon is None else claim
             out.append(
                 [
                     words(key),
