@@ -44,7 +44,7 @@ check: lint types test
 bench: setup
 	$(BIN)/python benchmarks/performance.py
 
-# All guards on demo:tiny, minutes; the serious ones on the aligned model, about twelve hours of one core. Finished runs
+# All guards on demo:tiny, minutes; the serious ones on the aligned model, about fourteen hours of one core. Finished runs
 # are kept, so it can be interrupted.
 guards: setup
 	$(BIN)/python benchmarks/guards.py
@@ -52,6 +52,8 @@ guards: setup
 	$(BIN)/python benchmarks/validation.py validation-guards-output validation-guards
 	$(BIN)/tiltmeter validate benchmarks/plans/refusals.yaml -o validation-refusals-output
 	$(BIN)/python benchmarks/validation.py validation-refusals-output validation-refusals
+	$(BIN)/tiltmeter validate benchmarks/plans/refusals-rivals.yaml -o validation-refusals-output
+	$(BIN)/python benchmarks/validation.py validation-refusals-output validation-refusals-rivals
 	$(BIN)/tiltmeter validate benchmarks/plans/refusals-full.yaml -o validation-refusals-full-output
 	$(BIN)/python benchmarks/validation.py validation-refusals-full-output validation-refusals-full
 	$(BIN)/python benchmarks/guards.py --table

@@ -154,7 +154,7 @@ def judge(
             with undisturbed(opened.loaded.model):
                 subject = measure_subject(opened, assessed, cell.recipe.lora, plan.options)
         assessment, arrays = forecast(plan, None if done else subject, cell, folder)
-        rows = assessment["tuning"]["used"] + (plan.options.looks - 1) * assessment["tuning"]["look_rows"]
+        rows = rows or assessment["tuning"]["used"] + (plan.options.looks - 1) * assessment["tuning"]["look_rows"]
         cells.append(retold(ran, assessment, arrays))
         for kind, share in shares_by_kind(assessment).items():
             kinds[kind] += share

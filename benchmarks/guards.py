@@ -7,9 +7,9 @@
 
 Every run leaves its own file, so a plan that was interrupted goes on where it was; finished runs are gathered in
 benchmarks/results/guards.json, as the plan "tiny", beside those of the aligned model, which `tiltmeter validate` makes
-in hours of benchmarks/plans/guards.yaml, refusals.yaml and refusals-full.yaml and benchmarks/validation.py keeps
-(validation-guards.json, validation-refusals.json, validation-refusals-full.json). The guard's safety prompts and the
-ones that are measured are different ones.
+in hours of benchmarks/plans/guards.yaml, refusals.yaml, refusals-rivals.yaml and refusals-full.yaml and
+benchmarks/validation.py keeps (validation-guards.json and so on). The guard's safety prompts and the ones that are
+measured are different ones.
 """
 
 from __future__ import annotations
@@ -47,11 +47,12 @@ from tiltmeter.store import write_text
 RESULTS = Path(__file__).parent / "results"
 PARTS = RESULTS / "guards.parts"
 
-#: Plans of the aligned model, and the regimes whose runs count: older ones of full fine-tuning are with refusals, too.
+#: Runs of the aligned model by name: the plans that they are of, and the regimes whose runs count (older ones of full
+#: fine-tuning are with refusals, too). Unguarded runs are those of the first plan.
 ALIGNED = {
-    "aligned": ("guards", ("lora-adamw", "full-adamw")),
-    "refusals": ("refusals", ("lora-adamw",)),
-    "refusals-full": ("refusals-full", ("full-adamw",)),
+    "aligned": (("guards",), ("lora-adamw", "full-adamw")),
+    "refusals": (("refusals", "refusals-rivals"), ("lora-adamw",)),
+    "refusals-full": (("refusals-full",), ("full-adamw",)),
 }
 
 #: Strengths that each guard is run at; the first is its default.
@@ -270,13 +271,15 @@ def with_aligned(held: dict[str, Any]) -> dict[str, Any]:
     """The same with the committed runs of the aligned model."""
     runs = [run for run in held["runs"] if run["plan"] not in ALIGNED]
     plans = dict(held["plans"])
-    for name, (plan, regimes) in ALIGNED.items():
-        if not (RESULTS / f"validation-{plan}.json").is_file():  # `make guards` makes it later
-            continue
-        record = json.loads((RESULTS / f"validation-{plan}.json").read_text())
-        about = {key: record[key] for key in ("model", "created", "tiltmeter", "versions", "machine")}
-        runs += [{**run, "plan": name} for run in record["guard_runs"] if run["regime"] in regimes]
-        plans[name] = {"plan": f"benchmarks/plans/{plan}.yaml", **about}
+    for name, (made, regimes) in ALIGNED.items():
+        for place, plan in enumerate(made):
+            if not (RESULTS / f"validation-{plan}.json").is_file():  # `make guards` makes it later
+                continue
+            record = json.loads((RESULTS / f"validation-{plan}.json").read_text())
+            about = {key: record[key] for key in ("model", "created", "tiltmeter", "versions", "machine")}
+            kept = [run for run in record["guard_runs"] if run["regime"] in regimes]
+            runs += [{**run, "plan": name} for run in kept if not place or run["guard"] != "none"]
+            plans[name if not place else plan] = {"plan": f"benchmarks/plans/{plan}.yaml", **about}
     return {"runs": runs, "plans": plans}
 
 

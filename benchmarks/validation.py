@@ -3,7 +3,8 @@
 Run: python benchmarks/validation.py OUT [NAME], after tiltmeter validate PLAN -o OUT; `make validate` does both.
 NAME is that of the committed record, "validation" by default; only that one has its table in the README. The record
 "validation-guards" has its tables in docs/guards.md and docs/how-to/which-guard.md, "validation-refusals" and
-"validation-refusals-full" one together in the former. Forecasts beside runs, set by set, go into docs/findings.md where
+"validation-refusals-full" one together in the former, and "validation-refusals-rivals" another, beside the runs of the
+first of these under `budget` as it comes. Forecasts beside runs, set by set, go into docs/findings.md where
 it asks for them (`<!-- sets NAME REGIME -->`).
 """
 
@@ -31,10 +32,14 @@ NAME = "validation"
 BLOCK = re.compile(r"<!-- validation table -->.*?<!-- end of validation table -->", re.S)
 GUARD_BLOCK = re.compile(r"<!-- aligned table -->.*?<!-- end of aligned table -->", re.S)
 REFUSAL_BLOCK = re.compile(r"<!-- refusals table -->.*?<!-- end of refusals table -->", re.S)
+RIVAL_BLOCK = re.compile(r"<!-- rivals table -->.*?<!-- end of rivals table -->", re.S)
 SUMMARY_BLOCK = re.compile(r"<!-- summary table -->.*?<!-- end of summary table -->", re.S)
 
 #: Records of what guards do to refusals, and the regime whose runs count in each.
 REFUSALS = {"validation-refusals": "lora-adamw", "validation-refusals-full": "full-adamw"}
+
+#: The record of what rivals do to them, with the sets, orders of rows and prompts of the first.
+RIVALS = "validation-refusals-rivals"
 
 #: Predictors in the README's table besides ours: the rest are in the record and on the page.
 BASELINES = ("gradient_norm", "gamma_hat", "initial_overlap", "overlap_cosine", "initial_loss", "random_subspace",
@@ -234,6 +239,36 @@ def refusal_runs() -> list[dict[str, Any]]:
     return [run for name, each in held.items() for run in each["guard_runs"] if run["regime"] == REFUSALS[name]]
 
 
+def rival_runs() -> list[dict[str, Any]]:
+    """Runs under LoRA without a guard, under `budget` as it comes and under rivals; none where a record is missing."""
+    files = [RESULTS / f"{name}.json" for name in (*REFUSALS, RIVALS)]
+    if not (files[0].is_file() and files[-1].is_file()):
+        return []
+    ours, rivals = (json.loads(file.read_text(encoding="utf-8"))["guard_runs"] for file in (files[0], files[-1]))
+    kept = [run for run in ours if run["guard"] == "none" or run.get("opening_tokens")]
+    return [run for run in kept if run["regime"] == "lora-adamw"] + [run for run in rivals if run["guard"] != "none"]
+
+
+def rival_table(runs: Sequence[dict[str, Any]]) -> str:
+    """Guards on the same sets and prompts as Markdown, seeds side by side: smallest and largest of them."""
+    rows = [
+        "| set | guard | seeds | learned | KL on unseen prompts, nats | on the front "
+        "| refused of these, change in points | harmless refused, change in points |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    grouped: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for run in sorted(runs, key=lambda run: _first(runs, run, "set")):
+        grouped.setdefault((run["set"], _guard(run)), []).append(run)
+    for (name, guard), own in grouped.items():
+        front = sum(not any(_beats(other, run) for other in runs) for run in own)
+        row = [name, guard, str(len(own)), _spread([_learned(run, runs) for run in own], _percent)]
+        row += [_spread([run["heldout_kl"] for run in own], "{:.3f}".format), f"{front} of {len(own)}"]
+        for key in ("refusal_change", "over_refusal_change"):
+            row.append(_spread([100 * run[key]["value"] for run in own], "{:+.0f}".format))
+        rows.append(f"| {' | '.join(row)} |")
+    return "\n".join(rows)
+
+
 def _guard(run: dict[str, Any]) -> str:
     return "none" if run["guard"] == "none" else with_strength(guard_name(run), f"{run['strength']:g}")
 
@@ -338,6 +373,11 @@ def main() -> None:
         print(made)
         block = f"<!-- refusals table -->\n{made}\n<!-- end of refusals table -->"
         GUARDS.write_text(REFUSAL_BLOCK.sub(lambda _: block, GUARDS.read_text(encoding="utf-8")), encoding="utf-8")
+    if name in (*REFUSALS, RIVALS) and (found := rival_runs()):
+        made = rival_table(found)
+        print(made)
+        block = f"<!-- rivals table -->\n{made}\n<!-- end of rivals table -->"
+        GUARDS.write_text(RIVAL_BLOCK.sub(lambda _: block, GUARDS.read_text(encoding="utf-8")), encoding="utf-8")
     if name == "validation-guards":
         made = guard_table(record)
         print(made)

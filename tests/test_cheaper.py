@@ -75,6 +75,25 @@ def test_the_plans_own_forecast_is_judged_as_the_validation_judges_it(
     assert again == found
 
 
+def test_a_screening_is_judged_by_its_end_alone(
+    made: Any, done: tuple[Plan, dict[str, Any], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, record, folder = done
+    monkeypatch.setitem(made.SETTINGS, "screened", {"screen": True, "looks": 3, "grid": 1})
+    (folder / "screened").mkdir()
+    found = made.judge(plan, folder / "screened", "screened", record)
+    assert found["finished"] == 6
+    assert {each["cells"]["n"] for by in found["coverage"].values() for each in by.values()} == {0}
+    assert {len(by["end"][key]["errors"]) for by in found["size_error"].values() for key in by["end"]} == {6}
+    assert {len(by["horizon"][key]["errors"]) for by in found["size_error"].values() for key in by["horizon"]} == {0}
+    assert set(found["share_by_kind"]) == {"forward", "forward_backward"}
+    batch = record["cells"][0]["recipe"]["batch_size"]
+    assert found["rows"] == 3 * batch
+    row = made.table({"settings": [found]}, {**record, "finished": 30}).splitlines()[-1]
+    assert f"| 3, {3 * batch}, screening | 6 | " in row
+    assert row.count("none has one") == 2
+
+
 def test_some_runs_may_be_asked_for(made: Any, done: tuple[Plan, dict[str, Any], Path]) -> None:
     plan, record, _ = done
     names = [cell.name for cell, _ in made.cells_of(plan, record, "lora", ["tiny-copy"])]

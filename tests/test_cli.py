@@ -156,6 +156,7 @@ def test_a_screening_claims_nothing_and_leaves_with_0(tiltmeter: Tiltmeter) -> N
     ended = tiltmeter("rank", *given, "--tuning", "demo:tiny-copy", "--tuning", "demo:tiny-harmful")
     assert ended.code == 0
     assert ", no horizon" in ended.out
+    assert "chances are over safety prompts alone" in ended.out
     ended = tiltmeter("rank", *given, "--tuning", "demo:tiny-copy", "--per-example")
     assert ended.code == 2
     assert "rank whole sets with it" in " ".join(ended.err)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import statistics
 import shlex
 import sys
 from pathlib import Path
@@ -110,6 +111,8 @@ def test_tables_of_validations_are_those_of_the_committed_records():
     assert f"<!-- aligned table -->\n{table}\n<!-- end of aligned table -->" in guards
     kept = made.refusal_table({"guard_runs": made.refusal_runs()})
     assert f"<!-- refusals table -->\n{kept}\n<!-- end of refusals table -->" in guards
+    rivals = made.rival_table(made.rival_runs())
+    assert f"<!-- rivals table -->\n{rivals}\n<!-- end of rivals table -->" in guards
     which = (ROOT / "docs" / "how-to" / "which-guard.md").read_text(encoding="utf-8")
     short = made.guard_summary(committed("validation-guards"))
     assert f"<!-- summary table -->\n{short}\n<!-- end of summary table -->" in which
@@ -211,6 +214,26 @@ def test_what_the_text_says_of_cheaper_forecasts_is_what_they_were():
     derived = part["jvp"] + part["tangent"]
     assert f"are {part['forward_backward']:.1f} %, readings of KL and margin {part['forward']:.1f} %" in flat
     assert f"and {derived:.1f} % are directional derivatives" in flat
+    screening, readme = by_name["screening"], " ".join(README.split())
+    cost = f"{100 * screening['cost']['share_of_100_steps_at_8']:.1f} %"
+    assert f"({screening['options']['looks']} looks of four rows, one reading at the end, {cost})" in flat
+    assert screening["rows"] == 4 * screening["options"]["looks"]
+    ranks = rank(screening, "lora-adamw")
+    assert "LoRA AdamW ranks of {} with the margin and {} with the KL".format(*ranks) in flat
+    (margin, kl), (other, far) = ([f"{100 * value:.0f} %" for value in sizes(screening, prompts, "end")]
+                                  for prompts in ("assessed", "held_out"))  # fmt: skip
+    assert f"the margin is {margin} off at the end on assessed prompts, {other} on held-out ones" in flat
+    assert f"The KL is not: {kl} and {far}, by regime" in flat
+    assert "Means of the ranks over regimes are {} and {}".format(*rank(screening)) in flat
+    assert f"the KL's is lost ({rank(screening, 'lora-sgd')[1]})" in flat
+    assert "where the screening has {} and {}".format(*rank(screening, "full-adamw")) in flat
+    regimes = sorted(cell["regime"] for cell in committed("validation")["cells"])
+    errors = screening["size_error"]["assessed"]["end"]["safety_kl"]["errors"]
+    by = [statistics.median(e for e, name in zip(errors, regimes, strict=True) if name == asked)
+          for asked in ("lora-adamw", "full-adamw", "lora-sgd")]  # fmt: skip
+    assert "by regime {:.0f} %, {:.0f} % and {:.0f} % on assessed".format(*(100 * each for each in by)) in flat
+    assert f"a screening at {cost}, without intervals" in readme
+    assert "at {} and {}, but is {} off in the KL".format(*ranks, kl) in readme
     share = f"{100 * half['cost']['share_of_100_steps_at_8']:.0f} %"
     assert f"kept the ranks and the size at the end is the one at {share}" in flat
     margin, kl = (f"{100 * value:.0f} %" for value in sizes(half, "assessed", "end"))
@@ -322,6 +345,25 @@ def test_refusals_are_shown_against_the_aligned_models():
     assert benchmark("validation").refusal_table({"guard_runs": runs}).splitlines()[2:] == [
         "| lora, 0 | qa | none | 100 % | 0.042 | 30 % (90 %) | -60 (-70 to -52) | 5 % (?) | ? |",
         "| lora, 0 | qa | budget 0.02, 6 tokens | 90 % | 0.042 | 90 % (90 %) | +0 (-3 to +4) | 5 % (?) | ? |",
+    ]
+
+
+def test_rivals_are_shown_beside_the_budget_as_it_comes():
+    def run(guard, seed, loss, kl, points):
+        named = {"set": "qa", "regime": "lora", "seed": seed, "guard": guard, "strength": 0 if guard == "none" else 1}
+        if guard == "budget":
+            named |= {"opening_tokens": 3, "strength": 0.05}
+        changes = {"refusal_change": {"value": points / 100}, "over_refusal_change": {"value": 0.05}}
+        return {**named, **changes, "heldout_kl": kl, "task_loss_before": 3.0, "task_loss": loss}
+
+    runs = [run("none", 0, 2.0, 0.3, -60), run("none", 1, 2.5, 0.4, -55), run("budget", 0, 2.1, 0.02, -2),
+            run("budget", 1, 2.5, 0.03, -3), run("safegrad", 0, 2.2, 0.03, -5),
+            run("safegrad", 1, 2.4, 0.03, -4)]  # fmt: skip
+    assert benchmark("validation").rival_table(runs).splitlines()[2:] == [
+        # with the second order of the rows `budget` learned as much as no guard at less KL, and safegrad more than both
+        "| qa | none | 2 | 100 % | 0.300 to 0.400 | 1 of 2 | -60 to -55 | +5 |",
+        "| qa | budget 0.05, first 3 too | 2 | 90 % to 100 % | 0.020 to 0.030 | 1 of 2 | -3 to -2 | +5 |",
+        "| qa | safegrad 1 | 2 | 80 % to 120 % | 0.030 | 1 of 2 | -5 to -4 | +5 |",
     ]
 
 

@@ -208,12 +208,17 @@ def lines(record: Mapping[str, Any]) -> list[str]:
     else:
         out.append(f"coupling    gamma = {_interval(gamma)} nats^1/2 per flow time squared; crossover at {when}")
     order = forecast["leading_order"]
-    out.append(f"order       safety KL grows as flow time^{_interval(order)} at the end of what is claimed")
+    if order["value"] is None:
+        out.append(f"order       not told: {record['reasons']['forecast.leading_order.value']}")
+    else:
+        end = "the recipe" if forecast["horizon_steps"] is None else "what is claimed"
+        out.append(f"order       safety KL grows as flow time^{_interval(order)} at the end of {end}")
     for name, label in (("margin_change", "margin"), ("safety_kl", "safety KL"), ("refusal_rate", "refusals")):
         out.append(f"{label:<12}" + _at_end_and_horizon(forecast, name, record["recipe"]["steps"]))
     budgets = []
     for quantity, crossing in (forecast["steps_to_budget"] or {}).items():
-        value = "not within the recipe" if crossing["value"] is None else f"at step {crossing['value']:.0f}"
+        when = "at" if len(forecast["steps"]) > 1 else "by"  # between the first and the last nothing was read
+        value = "not within the recipe" if crossing["value"] is None else f"{when} step {crossing['value']:.0f}"
         beyond = "no horizon" if forecast["horizon_steps"] is None else "beyond the horizon"
         mark = "" if crossing["value"] is None or crossing["inside_horizon"] else f" ({beyond}: not claimed)"
         budgets.append(f"{quantity} {crossing['budget']:g} used up {value}{mark}")

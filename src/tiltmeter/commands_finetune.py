@@ -105,9 +105,12 @@ def lines(record: Mapping[str, Any]) -> list[str]:
     out.append(f"path        first principal component {_text(record['path']['pc1_share'], '{:.0%}')} of the variance")
     if record["comparison"] is not None:
         told = record["comparison"]
-        out.append(
-            f"forecast    {told['claimed_inside']} of {told['claimed_points']} measured points within the horizon "
+        claimed = (
+            f"{told['claimed_inside']} of {told['claimed_points']} measured points within the horizon "
             "lie in their interval"
+        )
+        out.append(
+            f"forecast    {claimed if told['horizon_steps'] is not None else 'claims no horizon, and no interval'}"
         )
     measuring = duration(over["measuring_seconds"])
     out.append(

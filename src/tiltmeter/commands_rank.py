@@ -34,8 +34,6 @@ def rank(
     per_example, filtered, drop = rows
     if per_example and len(tuning) != 1:
         raise InputError(f"--per-example ranks the rows of one set; give --tuning once, not {len(tuning)} times")
-    if per_example and chosen[0].screen:
-        raise InputError("--screen leaves out what rows are ranked by; rank whole sets with it, or leave it out")
     if filtered is not None and not per_example:
         raise InputError("--write leaves rows out of a set; it needs --per-example")
     if filtered is not None and filtered.exists():  # better told before the work than after it
@@ -80,6 +78,8 @@ def lines(record: Mapping[str, Any]) -> list[str]:
             f"{place:>2}  {each['name']:<28} margin {ends[0]} ({ends[1]} to {ends[2]}) nats, "
             f"KL {each['safety_kl']['value']:.2g}{claim}{chance}"
         )
+    if any(each["noise"] is None for each in record["sets"]):
+        out.append("chances are over safety prompts alone: what the luck of rows does was not measured")
     return out
 
 

@@ -19,6 +19,7 @@ from tiltmeter.errors import InputError
 from tiltmeter.jobs.assess import Assessment, check_options, examine_subject
 from tiltmeter.jobs.inputs import Opened
 from tiltmeter.jobs.rank import rank
+from tiltmeter.jobs.rank_rows import rank_rows
 from tiltmeter.jobs.recipe import Lora, Recipe
 from tiltmeter.jobs.subject import SCREEN, Options, Subject, measure_subject, with_lora
 from tiltmeter.jobs.track import comparison_of
@@ -115,6 +116,7 @@ def test_all_that_judges_it_is_null_with_its_reason(measured: Callable[..., Subj
     absent = ["forecast.horizon_steps", "forecast.fewer_looks", "forecast.noise.kl_factor", "forecast.margin.low.0",
               "forecast.noise.margin_per_row", "forecast.same_prompts.safety_kl.high.2", "spectrum",
               "aic.initial_overlap", "aic.curvature_coupling", "baselines.random_direction_kl.value", "tuning.loss",
+              "forecast.refusal_rate.low.1", "forecast.steps_to_budget.safety_kl.low", "forecast.leading_order.high",
               "layers.0.sensitivity", "layers.0.margin_slope"]  # fmt: skip
     assert {why[path] for path in absent} == {SCREEN}
     assert forecast["horizon_steps"] is None
@@ -128,9 +130,11 @@ def test_all_that_judges_it_is_null_with_its_reason(measured: Callable[..., Subj
     said = "\n".join(lines(record))
     assert "nats at step 12; no horizon was looked for" in said
     assert "(no horizon: not claimed)" in said
+    assert "(? to ?) at the end of the recipe" in said
     page = render_page([record], "Screening")
     assert "left out (--screen)" in page
     assert "no horizon is known, not claimed" in page
+    assert "no horizon: not claimed" in render_page([record, record], "Two")
     # layers keep their sizes
     assert sum(layer["parameters"] for layer in record["layers"]) == record["space"]["size"]
 
@@ -168,6 +172,26 @@ def test_it_costs_a_step_of_rows_a_look_and_a_reading_a_step(
     assert not spent
     assert result.record["cost"]["estimated"]["seconds"] is None
     assert len(result.record["forecast"]["steps"]) == readings
+    order = result.record["reasons"].get("forecast.leading_order.value")
+    assert (order == "the KL is read at one step alone") == (readings == 1)
+
+
+@pytest.mark.parametrize(("batch", "most", "rows"), [(1, 32, (2, 1, 1, 1)), (8, 6, (6, 6, 6, 6)), (50, 60, (40, 40))])
+def test_looks_take_the_rows_of_a_step_and_no_more_than_the_sample(
+    measured: Callable[..., Subject], batch: int, most: int, rows: tuple[int, ...]
+) -> None:
+    """Two at least in the first; the set has forty."""
+    options = replace(SMALL, max_tuning=most, looks=len(rows))
+    found = examine_subject(measured(options), SUMS, replace(ADAMW, batch_size=batch), options)[2]
+    assert found.look_rows == rows
+
+
+def test_a_subject_of_a_screening_may_be_assessed_whole(measured: Callable[..., Subject]) -> None:
+    record = screened(measured(SMALL), options=replace(SMALL, screen=False, coupling=False)).record
+    store.check_values(record)
+    assert record["forecast"]["horizon_steps"] is not None
+    assert record["reasons"]["aic.initial_overlap_random.value"] == SCREEN
+    assert "None" not in record["reasons"].values()
 
 
 def test_the_margins_gradient_is_measured_when_it_is_asked_for(measured: Callable[..., Subject]) -> None:
@@ -188,7 +212,9 @@ def test_sets_are_ranked_without_intervals() -> None:
         assert each["margin_change"]["low"] is None
         assert record["reasons"][f"sets.{place}.horizon_steps"] == SCREEN
         assert record["reasons"][f"sets.{place}.noise"] == f"{SCREEN}; chances are over prompts alone"
-    assert "left out (--screen)" in render_ranking_page(record, "Ranking")
+    page = render_ranking_page(record, "Ranking")
+    assert "left out (--screen)" in page
+    assert "Chances are over safety prompts alone" in page
 
 
 def test_what_it_cannot_be_asked_for_is_refused(tmp_path: Path) -> None:
@@ -197,6 +223,8 @@ def test_what_it_cannot_be_asked_for_is_refused(tmp_path: Path) -> None:
             check_options(replace(SMALL, **changes))
     with pytest.raises(InputError, match="--grid must be at least 2"):
         check_options(replace(SMALL, screen=False, grid=1))
+    with pytest.raises(InputError, match="what rows are ranked by"):
+        rank_rows("demo:tiny", "demo:tiny-safety", "demo:tiny-copy", ADAMW, SMALL)
     plan = tmp_path / "plan.yaml"
     plan.write_text(
         "model: demo:tiny\nsafety: {name: demo:tiny-safety, assessed: 4, held_out: 4}\nsets: [demo:tiny-copy]\n"

@@ -125,7 +125,7 @@ def memory_needed(subject: Subject, tuning: Tuning, options: Options) -> float:
     """Memory that `measure.measure` is expected to take at its fullest moment, besides what is held already, GB."""
     most = max(subject.divergence.largest, tuning.objective.largest)
     each = token_gb(subject.loaded.model.config, subject.hessian == "exact")
-    return vectors_gb(subject.forward.space.size, options.groups) + most * each
+    return vectors_gb(subject.forward.space.size, 1 if options.screen else options.groups) + most * each
 
 
 def peak_gb() -> float:

@@ -236,6 +236,8 @@ def _leading_order(
     two = torch.where(two > 0, two, math.nan)  # a warm-up begins with a rate of zero
     m = kl.shape[1]
     value = float(local_exponent(two, kl[end - 1 : end + 1].mean(-1))[0])
+    if options.screen:  # which measures no interval
+        return value, math.nan, math.nan
     generator = torch.Generator().manual_seed(options.seed)
     picks = torch.randint(m, (1000, m), generator=generator)
     means = kl[end - 1 : end + 1][:, picks].mean(-1)

@@ -138,6 +138,8 @@ def rank_rows(
     Cost: the safety side, and `score_rows`.
     """
     options = options or Options()
+    if options.screen:
+        raise InputError("--screen leaves out what rows are ranked by; rank whole sets with it, or leave it out")
     begin = time.perf_counter()
     rows = open_rows(tuning)
     subject = open_subject(

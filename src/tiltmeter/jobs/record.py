@@ -19,7 +19,7 @@ from tiltmeter.jobs.measure import Findings
 from tiltmeter.jobs.outlook import Outlook
 from tiltmeter.jobs.provenance import provenance
 from tiltmeter.jobs.recipe import Recipe
-from tiltmeter.jobs.subject import SCREEN, Options, Subject, layer_sensitivity
+from tiltmeter.jobs.subject import FORECAST_ONLY, SCREEN, Options, Subject, layer_sensitivity
 from tiltmeter.jobs.tuning import Tuning
 from tiltmeter.lm.four_bit import count, dtype_name
 
@@ -152,7 +152,7 @@ def _aic(subject: Subject, found: Findings, options: Options, why: Reasons) -> d
     per_time, per_square = "nats^1/2 per flow time", "nats^1/2 per flow time squared"
     out: dict[str, Any] = {
         "initial_overlap_random": {
-            "value": why.number("aic.initial_overlap_random.value", found.random_overlap, str(options.left_out)),
+            "value": why.number("aic.initial_overlap_random.value", found.random_overlap, str(subject.no_sensitivity)),
             "unit": per_time,
         },
         "clock": "gradient flow: flow time is the sum of learning rates of plain gradient descent",
@@ -274,16 +274,17 @@ def _forecast(subject: Subject, found: Findings, outlook: Outlook, options: Opti
     rate = subject.safety.refusal_rate()
     judged = "the judge could not tell any of the anchor's answers"
     order = dict(zip(("value", "low", "high"), outlook.leading_order, strict=True))
-    flat = "the KL is not positive at two steps"
+    flat = "the KL is not positive at two steps" if len(outlook.steps) > 1 else "the KL is read at one step alone"
     crossings: dict[str, Any] = {}
     for c in outlook.crossings:
         path = f"forecast.steps_to_budget.{c.quantity}"
         never = "not within the recipe"
+        ends = SCREEN if options.screen else never
         crossings[c.quantity] = {
             "budget": c.budget,
             "value": why.number(f"{path}.value", c.value, never),
-            "low": why.number(f"{path}.low", c.low, never),
-            "high": why.number(f"{path}.high", c.high, never),
+            "low": why.number(f"{path}.low", c.low, ends),
+            "high": why.number(f"{path}.high", c.high, ends),
             "inside_horizon": c.claimed,
             "unit": "optimiser steps",
         }
@@ -292,7 +293,7 @@ def _forecast(subject: Subject, found: Findings, outlook: Outlook, options: Opti
     if not crossings:
         why["forecast.steps_to_budget"] = "no budget was given"
     margin = _curve(outlook.margin, "nats", "forecast.margin", why, few)
-    refusal = _curve(outlook.refusal_rate, "share", "forecast.refusal_rate", why, judged)
+    refusal = _curve(outlook.refusal_rate, "share", "forecast.refusal_rate", why, judged if rate.value is None else few)
     return {
         "steps": list(outlook.steps),
         "flow_time": [float(found.covered[step]) for step in outlook.steps],
@@ -327,14 +328,17 @@ def _forecast(subject: Subject, found: Findings, outlook: Outlook, options: Opti
         },
         "horizon_steps": outlook.horizon_steps,
         "horizon_reason": outlook.horizon_reason,
-        "leading_order": {k: why.number(f"forecast.leading_order.{k}", v, flat) for k, v in order.items()},
+        "leading_order": {
+            k: why.number(f"forecast.leading_order.{k}", v, SCREEN if options.screen and k != "value" else flat)
+            for k, v in order.items()
+        },
         "steps_to_budget": crossings or None,
     }
 
 
 def _baselines(subject: Subject, found: Findings, recipe: Recipe, options: Options, why: Reasons) -> dict[str, Any]:
     kl, change, norms = None, None, found.batch_norms
-    left_out = str(options.left_out)
+    left_out = options.left_out or FORECAST_ONLY
     if found.random_walk is not None:
         kl = float(found.random_walk[0].mean())
         change = float((found.random_walk[1] - subject.anchor_margin).mean())

@@ -81,8 +81,8 @@ class Options:
             overlap (but under SGD, where the interval needs it), the straight path beyond its first stretch and random
             directions.
         screen: whether to leave out what interval and horizon are made of as well: the rehearsal with fewer looks, the
-            scatter of the rows and the margin's gradient. Every look, the first too, then takes the rows of one step,
-            whatever `max_tuning` and `rehearsal_rows` are.
+            scatter of the rows, their loss and the margin's gradient. Every look, the first too, then takes the rows of
+            one step, `max_tuning` at most. The KL is not corrected for the noise of the rows.
         max_tokens: most tokens per micro-batch.
         memory_gb: largest memory the assessment may take; micro-batches are made small enough. None for no limit.
         level: of the intervals.

@@ -169,7 +169,8 @@ def prepare_tuning(subject: Subject, rows: RowSet, recipe: Recipe, options: Opti
         DataError: fewer than two rows can be used.
     """
     if options.screen:  # every look takes the rows of one step, the first too
-        options = replace(options, max_tuning=max(2, recipe.batch_size), rehearsal_rows=1, groups=1)
+        most = min(options.max_tuning, max(2, recipe.batch_size))
+        options = replace(options, max_tuning=most, rehearsal_rows=1, groups=1)
     encoded = sample_tuning(subject.loaded, rows, recipe, options)
     m = len(encoded.examples)
     size = min(recipe.batch_size, max(1, m // options.groups))

@@ -121,7 +121,7 @@ def _facts(record: Record) -> list[tuple[str, str]]:
 
 
 def _beyond(curve: Curve, place: int) -> bool:
-    return curve.horizon is not None and curve.steps[place] > curve.horizon
+    return curve.horizon is None or curve.steps[place] > curve.horizon
 
 
 def _spectrum(record: Record, name: str) -> list[Markup]:

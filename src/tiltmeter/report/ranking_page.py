@@ -32,7 +32,11 @@ def render_ranking_page(record: Record, title: str) -> str:
     held = [_rows(record)] if find(record, "sets") is None else [_sets(record), _wins(record)]
     facts = [("Model", str(record["model"]["name"])), ("Safety set", str(record["safety"]["name"]))]
     recipe = tables.recipe_line({**record, "space": {"lora": find(record, "recipe.lora")}})
-    return template_of("ranking.html").render(title=title, style=style(), facts=facts, recipe=recipe, tables=held)
+    unknown = any(each["noise"] is None for each in find(record, "sets") or [])
+    chances = "safety prompts alone" if unknown else "safety prompts, tuning groups and the luck of one run's batches"
+    return template_of("ranking.html").render(
+        title=title, style=style(), facts=facts, recipe=recipe, tables=held, chances=chances
+    )
 
 
 def _sets(record: Record) -> dict[str, Any]:

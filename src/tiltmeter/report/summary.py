@@ -123,8 +123,8 @@ def _end(record: Record, quantity: str) -> Cell:
         start = "not measured" if curve.anchor is None else lone_text(curve.anchor)
         details.insert(0, f"from {start} to {text}")
         text = _change(record, curve, -1)
-    if curve.horizon is not None and not curve.claimed_to_the_end:
-        details.append("beyond the horizon: not claimed")
+    if not curve.claimed_to_the_end:
+        details.append(f"{'no' if curve.horizon is None else 'beyond the'} horizon: not claimed")
     return Cell(f"{text} {curve.unit}".strip(), tuple(details))
 
 

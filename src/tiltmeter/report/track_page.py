@@ -101,7 +101,7 @@ def _plots(record: Record, name: str) -> list[Markup]:
             predicted = Line(told, numbers(held["predicted"]), numbers(held["low"]), numbers(held["high"]))
         positive = [point for point in known if point > 0]
         log = key != "margin_change" and len(positive) > 2 and max(positive) / min(positive) > 30
-        limit = horizon if predicted is not None else None
+        limit = horizon or 0.0 if predicted is not None else None  # where none is known nothing is claimed
         title = f"{words(key)}, {curve['unit']}"
         out.append(draw_measured(title, measured, predicted, f"{name}p{place}", horizon=limit, log=log))
     positions = find(record, "path.positions")

@@ -220,7 +220,7 @@ def _failures(record: Record) -> list[str]:
                     "measured"
                 )
             for place, step in enumerate(steps):
-                if step > horizon or told["low"][place] is None or step not in known:
+                if horizon is None or step > horizon or told["low"][place] is None or step not in known:
                     continue
                 value = seen["value"][known.index(step)]
                 if not told["low"][place] <= value <= told["high"][place]:
