@@ -5,8 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
-import statistics
 import shlex
+import statistics
 import sys
 from pathlib import Path
 
