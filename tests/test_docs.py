@@ -302,6 +302,35 @@ def test_what_the_text_says_of_refusals_is_what_the_runs_were():
         assert f"{first:+d} to {last:+d} points" in guards
 
 
+def test_what_the_text_says_of_rivals_is_what_the_runs_were():
+    made = benchmark("validation")
+    runs = made.rival_runs()
+    guards, which = (" ".join((ROOT / "docs" / name).read_text(encoding="utf-8").split()) for name in
+                     ("guards.md", "how-to/which-guard.md"))  # fmt: skip
+
+    def ends(values, form):
+        return " to ".join(form.format(end(values)) for end in (min, max))
+
+    def told(guard, *, harmful=False):
+        own = [run for run in runs if run["guard"] == guard and (not harmful or "harmful" in run["set"])]
+        front = sum(not any(made._beats(other, run) for other in runs) for run in own)
+        shares = ends([100 * made._learned(run, runs) for run in own], "{:.0f} %")
+        nats = ends([run["heldout_kl"] for run in own], "{:.3f}")
+        points = ends([round(100 * run["refusal_change"]["value"]) for run in own], "{:+d}")
+        return len(own), front, shares, nats, points
+
+    ours, rival = told("budget"), told("safegrad")
+    assert f"In {ours[1]} of {ours[0]} runs under `budget` no other" in guards
+    assert f"a step, no limit) in {rival[1]} of {rival[0]}. `safegrad` learned {rival[2]} at {rival[3]} nats" in guards
+    assert f"by {rival[4]} points, `budget` {ours[2]} at {ours[3]} and {ours[4]} points" in guards
+    both = [told(name, harmful=True)[4] for name in ("safegrad", "budget")]
+    assert "harmful rows it is {} points under `safegrad` and {} under `budget`".format(*both) in guards
+    replay, lisa = told("replay"), told("lisa")
+    assert f"`replay` at 1 ({replay[2]} learned at {replay[3]} nats) and `lisa` ({lisa[2]} at {lisa[3]})" in guards
+    assert f"are beaten in {replay[0] - replay[1]} of {replay[0]} and {lisa[0] - lisa[1]} of {lisa[0]}" in guards
+    assert f"on the aligned one {lisa[2]} at {lisa[3]} nats, {lisa[4]} points of refusals" in which
+
+
 def test_seeds_of_a_guard_are_shown_side_by_side():
     def run(guard, seed, loss, kl):
         held = {"margin": 1.5, "refusal_rate": 0.25, "over_refusal_rate": None, "step_time_ratio": 1.0 + seed}
