@@ -149,9 +149,14 @@ def test_what_the_text_says_of_guards_is_what_the_runs_were():
             assert phrase in " ".join(guards.split()), phrase
     costs = committed("performance")
     which = (ROOT / "docs" / "how-to" / "which-guard.md").read_text(encoding="utf-8")
-    for key in ("guard_step_ratio", "guard_full_step_ratio", "guard_full_peak_ratio"):
+    for key in ("guard_step_ratio", "guard_36_step_ratio", "guard_full_step_ratio", "guard_full_peak_ratio"):
         assert f"{costs[key]:.2f} times" in which, key
-    for key in ("guard_step_ratio", "guard_full_step_ratio"):
+    large = costs["sections"]["guard_36"]["figures"]
+    tokens = f"{round(large['none']['tokens_a_step'], -1):,.0f} tokens"
+    assert tokens in which
+    assert tokens in guards
+    assert [what for _, what in large["budget"]["decisions"]][1:] == ["finished"]  # never pulled back
+    for key in ("guard_step_ratio", "guard_36_step_ratio", "guard_full_step_ratio"):
         assert f"{costs[key]:.2f}x" in guards, key
 
 
