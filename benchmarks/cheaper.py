@@ -31,7 +31,7 @@ from tiltmeter.jobs.inputs import open_model
 from tiltmeter.jobs.predict import case_of, predict, risks_record
 from tiltmeter.jobs.provenance import provenance
 from tiltmeter.jobs.record import Reasons
-from tiltmeter.jobs.subject import Subject, measure_subject, with_lora
+from tiltmeter.jobs.subject import SCREEN, Subject, measure_subject, with_lora
 from tiltmeter.jobs.validation_cell import cost_of, predicted_of
 from tiltmeter.jobs.validation_plan import Cell, Plan, read_plan
 from tiltmeter.jobs.validation_record import summary_of
@@ -169,8 +169,8 @@ def judge(
         **{key: told[key] for key in KEPT},
         "share_by_kind": {kind: total / len(cells) for kind, total in sorted(kinds.items())},
         "share_of_the_plan": statistics.fmean(share_of(ran) for _, ran in taken),
-        "whole_runs_claimed": sum(horizons),
-        "reasons": why,
+        "whole_runs_claimed": None if plan.options.screen else sum(horizons),
+        "reasons": why | ({"whole_runs_claimed": SCREEN} if plan.options.screen else {}),
     }
     store.check_values(found)
     return found
@@ -197,7 +197,7 @@ def _row(label: str, each: Mapping[str, Any]) -> str:
     cover = each["coverage"]["assessed"]
     held = ", ".join(str(cover[key]["cells"]["hits"]) for key in ("margin_change", "safety_kl"))
     whole_runs = str(each["whole_runs_claimed"])
-    if each.get("options", {}).get("screen"):
+    if each["whole_runs_claimed"] is None:
         held = whole_runs = "none has one"
     share = 100 * each["cost"]["share_of_100_steps_at_8"]
     whole = each.get("share_of_the_plan", math.nan)

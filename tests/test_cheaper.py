@@ -89,6 +89,8 @@ def test_a_screening_is_judged_by_its_end_alone(
     assert set(found["share_by_kind"]) == {"forward", "forward_backward"}
     batch = record["cells"][0]["recipe"]["batch_size"]
     assert found["rows"] == 3 * batch
+    assert found["whole_runs_claimed"] is None
+    assert found["reasons"]["whole_runs_claimed"] == "left out (--screen)"
     row = made.table({"settings": [found]}, {**record, "finished": 30}).splitlines()[-1]
     assert f"| 3, {3 * batch}, screening | 6 | " in row
     assert row.count("none has one") == 2

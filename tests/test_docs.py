@@ -223,6 +223,10 @@ def test_what_the_text_says_of_cheaper_forecasts_is_what_they_were():
     cost = f"{100 * screening['cost']['share_of_100_steps_at_8']:.1f} %"
     assert f"({screening['options']['looks']} looks of four rows, one reading at the end, {cost})" in flat
     assert screening["rows"] == 4 * screening["options"]["looks"]
+    look = screening["share_by_kind"]["forward_backward"] / screening["options"]["looks"]
+    assert f"A look is {100 * look:.1f} %: an eighth does not fit" in flat
+    assert screening["cost"]["share_of_100_steps_at_8"] <= 0.05 < screening["cost"]["share_of_100_steps_at_8"] + look
+    assert f"said 40 rows of the 8 looks; they are {half['rows']}" in flat
     ranks = rank(screening, "lora-adamw")
     assert "LoRA AdamW ranks of {} with the margin and {} with the KL".format(*ranks) in flat
     (margin, kl), (other, far) = ([f"{100 * value:.0f} %" for value in sizes(screening, prompts, "end")]
@@ -237,7 +241,7 @@ def test_what_the_text_says_of_cheaper_forecasts_is_what_they_were():
     by = [statistics.median(e for e, name in zip(errors, regimes, strict=True) if name == asked)
           for asked in ("lora-adamw", "full-adamw", "lora-sgd")]  # fmt: skip
     assert "by regime {:.0f} %, {:.0f} % and {:.0f} % on assessed".format(*(100 * each for each in by)) in flat
-    assert f"a screening at {cost}, without intervals" in readme
+    assert f"a screening (`--screen`) at {cost}, without intervals" in readme
     assert "at {} and {}, but is {} off in the KL".format(*ranks, kl) in readme
     share = f"{100 * half['cost']['share_of_100_steps_at_8']:.0f} %"
     assert f"kept the ranks and the size at the end is the one at {share}" in flat
@@ -333,6 +337,7 @@ def test_what_the_text_says_of_rivals_is_what_the_runs_were():
     replay, lisa = told("replay"), told("lisa")
     assert f"`replay` at 1 ({replay[2]} learned at {replay[3]} nats) and `lisa` ({lisa[2]} at {lisa[3]})" in guards
     assert f"are beaten in {replay[0] - replay[1]} of {replay[0]} and {lisa[0] - lisa[1]} of {lisa[0]}" in guards
+    assert f"under LoRA it changed them by {rival[4]} points" in which
     assert f"on the aligned one {lisa[2]} at {lisa[3]} nats, {lisa[4]} points of refusals" in which
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from tiltmeter import store
+from tiltmeter.commands_finetune import lines
 from tiltmeter.errors import InputError, ModelError, OutputExists, RecipeError
 from tiltmeter.guards.names import GUARDS
 from tiltmeter.jobs.assess import assess
@@ -215,6 +216,22 @@ def test_a_forecast_is_laid_beside_the_run_it_speaks_of(tmp_path: Path) -> None:
     assert page == render_track_page([store.read_record(tmp_path / "run")[0]], "A run")
     with pytest.raises(InputError, match=r"another run: recipe\.learning_rate was 0\.0005, here it is 0\.001"):
         run(replace(FULL, learning_rate=1e-3), tmp_path / "other", assessment=tmp_path / "told")
+
+
+def test_a_screening_laid_beside_a_run_claims_nothing(tmp_path: Path) -> None:
+    options = Options(max_safety=6, max_tuning=12, grid=2, looks=3, screen=True)
+    told = assess("demo:tiny", "demo:tiny-safety", "demo:tiny-copy", FULL, options, device="cpu")
+    with store.new_folder(tmp_path / "told") as folder:
+        store.write_record(folder, told.record, told.arrays)
+    track = run(FULL, tmp_path / "run", assessment=tmp_path / "told", options=TrackerOptions(rank=2, every=64))
+    compared = track.record["comparison"]
+    assert compared["margin_change"]["predicted"] == told.record["forecast"]["margin_change"]["value"]
+    assert None not in compared["margin_change"]["measured"]
+    assert compared["horizon_steps"] is None
+    assert track.record["reasons"]["comparison.horizon_steps"] == "left out (--screen)"
+    assert "forecast    claims no horizon, and no interval" in lines(track.record)
+    page = render_track_page([track.record], "A run")
+    assert page.count("no horizon: not claimed") == 2 * len(compared["steps"])
 
 
 def test_a_forecast_read_from_disk_is_of_the_same_run() -> None:

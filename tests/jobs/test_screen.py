@@ -50,11 +50,14 @@ def screened(subject: Subject, recipe: Recipe = ADAMW, options: Options = SMALL,
     return examine_subject(subject, rows, recipe, options)[0]
 
 
+@pytest.mark.parametrize("rate", [0.004, 0.02, 0.06])
 @pytest.mark.parametrize("momentum", [0.0, 0.6])
-def test_with_a_look_for_every_step_it_is_the_run(measured: Callable[..., Subject], momentum: float) -> None:
+def test_with_a_look_for_every_step_it_is_the_run(
+    measured: Callable[..., Subject], momentum: float, rate: float
+) -> None:
     """Four rows and batches of four: plain descent on their mean loss per token, by hand."""
     rows = replace(SUMS, rows=SUMS.rows[:4])
-    recipe = Recipe("sgd", learning_rate=0.02, steps=4, batch_size=4, schedule="constant", max_grad_norm=0.0,
+    recipe = Recipe("sgd", learning_rate=rate, steps=4, batch_size=4, schedule="constant", max_grad_norm=0.0,
                     momentum=momentum)  # fmt: skip
     subject = measured(SMALL, dtype=torch.float64)
     told = screened(subject, recipe, rows=rows)
@@ -74,7 +77,7 @@ def test_with_a_look_for_every_step_it_is_the_run(measured: Callable[..., Subjec
         with torch.no_grad():
             for p, buffer, gradient in zip(parameters, held, gradients, strict=True):
                 buffer.mul_(momentum).add_(gradient)
-                p.sub_(0.02 * buffer)
+                p.sub_(rate * buffer)
         found.append(torch.stack([subject.divergence.losses().mean(), -subject.negative_margin.losses().mean()]))
     steps = told.record["forecast"]["steps"]
     assert steps[-1] == 4
