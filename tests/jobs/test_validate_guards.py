@@ -320,7 +320,7 @@ def test_a_guard_that_cannot_protect_a_run_is_noted_and_the_plan_goes_on(tmp_pat
     # safe_lora needs the model from before alignment, which the plan does not name
     text = PLAN.replace("max_steps: 12", "max_steps: 2").replace(
         "axis: [none, {name: budget, budget_kl: 2.0e-5}, {name: freeze, strength: 1.0}, ema]",
-        "axis: [none, safe_lora, ema]",
+        "axis: [none, {name: safe_lora, strength: 0.5}, ema]",
     )
     plan = plan_of(tmp_path, text)
     done = validate(plan, tmp_path / "out")
@@ -329,8 +329,10 @@ def test_a_guard_that_cannot_protect_a_run_is_noted_and_the_plan_goes_on(tmp_pat
     (refused,) = done.record["guards_refused"]
     assert (refused["guard"], refused["set"], refused["seed"]) == ("safe_lora", "tiny-copy", 0)
     assert "base" in refused["why"]
+    assert refused["label"] == "safe_lora-0.5"  # of two settings one may be refused
     assert [run["guard"] for run in done.record["guard_runs"]] == ["none", "ema"]
     page = render_validation_page(done.record, "Trial")
     assert "Guards that stopped a run" in page
+    assert "safe_lora-0.5" in page
     again = validate(plan, tmp_path / "out")  # a refusal is a finished cell
     assert again.record["guards_refused"] == done.record["guards_refused"]

@@ -107,7 +107,7 @@ def refused_cell(plan: Plan, cell: Cell, digest: str, device: str, reason: str) 
     guard = cell.guard
     return {
         **_header(plan, cell, digest, device),
-        "guard": {"name": "none" if guard is None else guard.name},
+        "guard": {"name": "none", "label": "none"} if guard is None else {"name": guard.name, "label": guard.label},
         "refused": reason,
         "reasons": {},
     }

@@ -49,6 +49,7 @@ def summary_of(plan: Plan, cells: Sequence[Cell]) -> dict[str, Any]:
         "guards_refused": [
             {
                 "guard": c["guard"]["name"],
+                "label": c["guard"].get("label", c["guard"]["name"]),  # older cells name no setting
                 "set": c["set"],
                 "regime": c["regime"],
                 "seed": c["seed"],

@@ -63,7 +63,7 @@ def _guards(record: Record) -> dict[str, Any]:
         plots.append(draw_pareto(f"{name}, {regime}", groups, f"guard{place}"))
         tables.append(guard_table(f"Guards: {name}, {regime}", groups))
     refused = [
-        (each["guard"], each["set"], each["regime"], str(each["seed"]), each["why"])
+        (each.get("label", each["guard"]), each["set"], each["regime"], str(each["seed"]), each["why"])
         for each in record.get("guards_refused", [])
     ]
     if refused:
