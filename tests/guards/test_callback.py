@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
-from tiltmeter.errors import InputError, UnsupportedModel
+from tiltmeter.errors import InputError, SpaceMismatch, UnsupportedModel
 from tiltmeter.guards.budget import CurvatureBudget
 from tiltmeter.guards.callback import GuardCallback
 from tiltmeter.guards.language import LanguageSafety
@@ -52,15 +52,17 @@ def collate(rows):
     }
 
 
-def trainer_for(model, tokenizer, folder, callbacks, loss=None, **more):
+def trainer_for(model, tokenizer, folder, callbacks, loss=None, model_init=None, **more):
     given = {"max_steps": 6, "learning_rate": 1e-2, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     arguments = TrainingArguments(
         output_dir=str(folder), report_to=[], disable_tqdm=True, use_cpu=True, seed=3, **{**given, **more}
     )
     return Trainer(
         model=model,
+        model_init=None if model_init is None else lambda: copy.deepcopy(model_init),
         args=arguments,
         train_dataset=rows_of(tokenizer),
+        eval_dataset=rows_of(tokenizer)[:4],
         data_collator=collate,
         callbacks=callbacks,
         compute_loss_func=loss,
@@ -183,6 +185,82 @@ def test_the_token_loss_stops_a_trainer_that_does_not_use_it(make_llama, tokeniz
     )
     trainer_for(model, tokenizer, tmp_path, [used], used.guard.trainer_loss, save_strategy="no").train()
     assert not torch.equal(weights(model), anchor)
+
+
+def test_the_token_loss_is_plain_on_evaluation_rows(make_llama, tokenizer, tmp_path):
+    model = make_llama(vocab_size=len(tokenizer))
+    references = token_references(model, examples(TASK[:6], tokenizer), tokenizer.pad_token_id)
+    guard = ConstrainedTokens(references)
+    trainer = trainer_for(model, tokenizer, tmp_path, [], guard.trainer_loss, save_strategy="no", max_steps=1)
+    trainer.train_dataset, trainer.eval_dataset = rows_of(tokenizer)[:6], rows_of(tokenizer)[6:]  # of no references
+    trainer.train()
+    told = trainer.evaluate()["eval_loss"]
+    trainer.compute_loss_func = None
+    assert told == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("again", ["copy", "model_init"])
+def test_a_guard_watches_the_model_that_is_trained(again, make_llama, tokenizer, tmp_path):
+    anchor = make_llama(vocab_size=len(tokenizer))
+    guard = CurvatureBudget(budget_kl=1e-3, rank=3, refresh=2)
+    if again == "copy":  # of which the trained one would be out of sight
+        callback = GuardCallback(guard, source(copy.deepcopy(anchor), tokenizer))
+        with pytest.raises(SpaceMismatch, match="another model object"):
+            trainer_for(anchor, tokenizer, tmp_path, [callback], save_strategy="no").train()
+        return
+    callback = GuardCallback(guard, lambda model: source(model, tokenizer))
+    trainer = trainer_for(None, tokenizer, tmp_path, [callback], save_strategy="no", model_init=anchor)
+    for _ in range(2):  # as a search over hyperparameters does
+        trainer.train()
+        true = source(copy.deepcopy(anchor), tokenizer)
+        true.model.load_state_dict(trainer.model.state_dict())
+        assert 0 < true.heldout() <= 1e-3
+        assert callback.session.model.safety.heldout() == pytest.approx(true.heldout(), rel=1e-4)
+
+
+def test_a_model_that_is_trained_again_keeps_its_anchor(make_llama, tokenizer, tmp_path):
+    model = make_llama(vocab_size=len(tokenizer))
+    callback = GuardCallback(CurvatureBudget(budget_kl=1e-3, rank=3, refresh=2), lambda m: source(m, tokenizer))
+    trainer = trainer_for(model, tokenizer, tmp_path, [callback], save_strategy="no")
+    trainer.train()
+    first = callback.source
+    trainer.train()
+    assert callback.source is first
+    assert 0 < first.heldout() <= 1e-3
+
+
+@pytest.mark.parametrize("name", ["budget", "ema"])
+def test_a_best_checkpoint_that_would_undo_a_guard_is_refused(name, make_llama, tokenizer, tmp_path):
+    model = make_llama(vocab_size=len(tokenizer))
+    anchor = weights(model)
+    best = {"load_best_model_at_end": True, "eval_strategy": "steps", "eval_steps": 3, "save_steps": 3}
+    for used, refused in ((GUARDS[name](), True), (Replay(), False)):
+        callback = GuardCallback(used, source(model, tokenizer))
+        trainer = trainer_for(model, tokenizer, tmp_path / str(refused), [callback], **best)
+        if refused:
+            with pytest.raises(UnsupportedModel, match="load_best_model_at_end"):
+                trainer.train()
+            assert torch.equal(weights(model), anchor)
+        else:
+            trainer.train()
+
+
+@pytest.mark.parametrize("dense", [2**26, 0])
+def test_under_gradient_checkpointing(dense, make_llama, tokenizer, tmp_path, monkeypatch):
+    """In large spaces directions are read by JVP, which PEFT's hook on the embeddings used to break."""
+    monkeypatch.setattr("tiltmeter.guards.budget.DENSE", dense)
+    ends = []
+    for checkpointing in (False, True):
+        model = with_lora(make_llama(vocab_size=len(tokenizer)))
+        safety = source(model, tokenizer)
+        guard = CurvatureBudget(budget_kl=1e-3, rank=3, refresh=2)
+        more = {"gradient_checkpointing": checkpointing, "save_strategy": "no"}
+        trainer_for(model, tokenizer, tmp_path / str(checkpointing), [GuardCallback(guard, safety)], **more).train()
+        assert 0 < safety.heldout() <= 1e-3
+        ends.append(weights(model))
+        hooks = [hook.__name__ for hook in model.get_input_embeddings()._forward_hooks.values()]
+        assert hooks == ["make_inputs_require_grads"] * checkpointing  # training still has it
+    torch.testing.assert_close(*ends, rtol=1e-3, atol=1e-5)
 
 
 def test_under_trl(make_llama, tokenizer, tmp_path):

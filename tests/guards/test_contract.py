@@ -13,7 +13,7 @@ from worlds import OPTIMIZERS, World, step
 from tiltmeter.errors import InputError, SpaceMismatch, UnsupportedModel
 from tiltmeter.guards.names import GUARDS
 from tiltmeter.guards.session import REST, Session
-from tiltmeter.guards.trainee import Trainee
+from tiltmeter.guards.trainee import LARGEST_METRIC, Trainee
 
 #: Settings that suit the world: its KL is a few hundredths to tenths of a nat after 40 steps.
 SETTINGS = {
@@ -255,3 +255,31 @@ def test_a_state_of_another_guard_or_another_anchor_is_refused(tmp_path):
                 again.begin(tmp_path)
         else:
             again.begin(tmp_path)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_learning_rates_of_groups_are_part_of_the_metric(optimizer):
+    """Two rates, as LoRA+ has, and a group that stands still."""
+    world = world_for(optimizer)
+    model = world.trainee()
+    kind = {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[optimizer]
+    rates = dict(zip(world.parameters, (1e-3, 1e-3, 1.6e-2, 0.0), strict=True))
+    held = kind([{"params": [p], "lr": rates[name]} for name, p in world.parameters.items()])
+    model = Trainee(world.parameters, held, model.safety)
+    for _ in range(3):
+        held.zero_grad()
+        world.loss().backward()
+        held.step()
+    size = {"sgd": lambda state: 1.0, "adamw": lambda state: (state["exp_avg_sq"] / (1 - 0.999**3)).sqrt() + 1e-8}
+    dense = torch.cat(
+        [rates[name] / size[optimizer](held.state[p]) * torch.ones(6).double() for name, p in world.parameters.items()]
+        if optimizer == "sgd"
+        else [(rates[name] / size[optimizer](held.state[p])).reshape(-1) for name, p in world.parameters.items()]
+    )
+    d = model.preconditioner()
+    torch.testing.assert_close(d, (dense / dense[dense > 0].median()).clamp_max(LARGEST_METRIC))
+    assert not d[18:].any()
+    for group in held.param_groups:  # a warm-up begins at zero: then all count alike
+        group["lr"] = 0.0
+    at_rest = model.preconditioner()
+    assert at_rest is None if optimizer == "sgd" else bool((at_rest > 0).all())

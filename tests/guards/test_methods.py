@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 from worlds import World
 
 from tiltmeter.errors import ModelError, OutputExists
 from tiltmeter.geometry.objective import Counted
 from tiltmeter.geometry.sensitivity import DenseBasis, SampleBasis
+from tiltmeter.geometry.space import ParameterSpace
 from tiltmeter.geometry.systems import DOUBLE
+from tiltmeter.guards.alignment import plain_name
 from tiltmeter.guards.budget import CurvatureBudget
 from tiltmeter.guards.ewc import ElasticWeights
 from tiltmeter.guards.gu import MetricGradientProjection
 from tiltmeter.guards.hold import STEPS_DOWNHILL, hold
 from tiltmeter.guards.lox import top_part
-from tiltmeter.guards.safe_lora import onto_alignment, similarity
+from tiltmeter.guards.safe_lora import SafeLora, onto_alignment, similarity
 from tiltmeter.guards.safegrad import SafeGrad
+from tiltmeter.guards.safety import SystemSafety
 from tiltmeter.guards.session import Session
 from tiltmeter.guards.streamed import lox_checkpoint, safe_lora_adapter
 from tiltmeter.guards.token_loss import EARLY, FIRST, LATER, ConstrainedTokens
+from tiltmeter.guards.trainee import Trainee
 
 
 def random(*shape, seed=0):
@@ -194,3 +199,72 @@ def test_lox_on_files_adds_the_top_part(tmp_path):
     new = load_file(tmp_path / "out" / "model.safetensors")
     torch.testing.assert_close(new["m.q.weight"], (w + 0.5 * top_part(v, 2)).float(), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(new["m.embed.weight"], w.float())
+
+
+def test_safe_lora_on_files_takes_matrices_that_were_trained_whole(tmp_path):
+    w, v, u = (random(6, 5, seed=seed) for seed in (1, 2, 3))
+    head = random(4, 6, seed=5)
+    aligned, base = save(tmp_path / "aligned", {"m.q.weight": w}), save(tmp_path / "base", {"m.q.weight": w - v})
+    held = {"base_model.model.m.q.lora_B.weight": random(6, 2), "base_model.model.m.q.lora_A.weight": random(2, 5)}
+    mixed = {**held, "base_model.model.m.o.weight": w + u, "base_model.model.head.weight": head}
+    with_o = {"m.o.weight": w}
+    aligned, base = (
+        save(tmp_path / "aligned2", {"m.q.weight": w, **with_o}),
+        save(tmp_path / "base2", {"m.q.weight": w - v, "m.o.weight": w - v}),
+    )
+    adapter = save(tmp_path / "adapter", mixed)
+    done = safe_lora_adapter(adapter, aligned, base, tmp_path / "out", threshold=1.0)
+    from safetensors.torch import load_file
+
+    new = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    c = v @ v.T / torch.linalg.matrix_norm(v)
+    torch.testing.assert_close(new["base_model.model.m.o.weight"], (w + c @ u).float(), rtol=1e-4, atol=1e-5)
+    assert done.replaced == ("m.q.weight", "m.o.weight")
+    assert done.left == ("head.weight",)  # neither model has one: tied to the embeddings, say
+    assert torch.equal(new["base_model.model.head.weight"], head.float())
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("base_model.model.m.q.lora_A.default.weight", "m.q.weight"),
+        ("base_model.model.m.q.base_layer.weight", "m.q.weight"),
+        ("base_model.model.lm_head.modules_to_save.default.weight", "lm_head.weight"),
+        ("base_model.model.lm_head.original_module.weight", "lm_head.weight"),
+        ("model.norm.weight", "model.norm.weight"),
+    ],
+)
+def test_parameters_have_the_names_of_the_model_without_peft(name, plain):
+    assert plain_name(name) == plain
+
+
+def test_safe_lora_takes_what_was_trained_whole_and_says_what_it_leaves():
+    shapes = {
+        "m.q.lora_B.default.weight": (6, 2),
+        "m.q.lora_A.default.weight": (2, 5),
+        "lm_head.modules_to_save.default.weight": (4, 6),
+        "o.weight": (3, 3),
+    }
+    parameters = {name: nn.Parameter(random(*shape, seed=i)) for i, (name, shape) in enumerate(shapes.items())}
+    head = parameters["lm_head.modules_to_save.default.weight"]
+    alignment = {"m.q.weight": random(6, 5, seed=7), "lm_head.weight": random(4, 6, seed=8)}
+    space = ParameterSpace.of(parameters)
+    live = torch.zeros(space.size, dtype=torch.float64)
+    safety = SystemSafety(lambda x: x[:4].reshape(2, 2), lambda x: x[:4].reshape(2, 2), live, live, space)
+    guard = SafeLora(alignment, threshold=1.0)
+    trainee = Trainee(parameters, torch.optim.SGD(parameters.values(), lr=0.1), safety)
+    before = head.detach().clone()
+    guard.start(trainee)
+    with torch.no_grad():
+        head.add_(update := random(4, 6, seed=9))
+    guard.finish(trainee)
+    v = alignment["lm_head.weight"]
+    c = v @ v.T / torch.linalg.matrix_norm(v)
+    torch.testing.assert_close(head.detach(), before + c @ update)
+    assert guard.memory.log[-1].why.startswith("2 of 2 updates")
+    assert "1 trained matrices are as they are" in guard.memory.log[-1].why
+
+
+def test_the_token_loss_of_strength_zero_is_cross_entropy():
+    held = random(4).requires_grad_()
+    assert float(ConstrainedTokens(strength=0.0).loss(held, random(4, seed=2))) == pytest.approx(-float(held.sum()))

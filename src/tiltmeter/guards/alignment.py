@@ -30,15 +30,7 @@ def targets_of(space: ParameterSpace, alignment: Mapping[str, Tensor], what: str
     Raises:
         UnsupportedModel: there are none.
     """
-    found = []
-    for name, shape in zip(space.names, space.shapes, strict=True):
-        weight = plain_name(name)
-        if weight not in alignment or len(shape) != 2:
-            continue
-        if ".lora_B." in name:
-            found.append(Target(weight, (name, name.replace(".lora_B.", ".lora_A."))))
-        elif ".lora_A." not in name:
-            found.append(Target(weight, (name,)))
+    found = [target for target in matrices_of(space) if target.weight in alignment]
     if not found:
         raise UnsupportedModel(
             f"{what} needs what alignment changed in the trained matrices (aligned minus base weights), which is "
@@ -47,9 +39,26 @@ def targets_of(space: ParameterSpace, alignment: Mapping[str, Tensor], what: str
     return found
 
 
+def matrices_of(space: ParameterSpace) -> list[Target]:
+    """The matrices that the parameters of a space change, a LoRA pair or the weight itself."""
+    found = []
+    for name, shape in zip(space.names, space.shapes, strict=True):
+        if len(shape) != 2 or ".lora_A." in name:
+            continue
+        pair = (name, name.replace(".lora_B.", ".lora_A.")) if ".lora_B." in name else (name,)
+        found.append(Target(plain_name(name), pair))
+    return found
+
+
 def plain_name(name: str) -> str:
-    """Name of a parameter in the model without PEFT: `base_model.model.X.lora_A.default.weight` -> `X.weight`."""
-    name = name.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    """Name of a parameter in the model without PEFT: `base_model.model.X.lora_A.default.weight` -> `X.weight`.
+
+    So are the copies that PEFT trains whole: `X.modules_to_save.default.weight`.
+    """
+    name = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".original_module.", ".")
+    if ".modules_to_save." in name:
+        module, _, rest = name.partition(".modules_to_save.")
+        name = f"{module}.{rest.partition('.')[2]}"
     for part in (".lora_A.", ".lora_B."):
         if part in name:
             return name.partition(part)[0] + ".weight"

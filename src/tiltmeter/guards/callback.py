@@ -9,11 +9,17 @@ from typing import Any
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tiltmeter.errors import InputError, UnsupportedModel
+from tiltmeter.guards.budget import CurvatureBudget
 from tiltmeter.guards.contract import Decision, Guard
+from tiltmeter.guards.ema import AverageWeights
+from tiltmeter.guards.safe_lora import SafeLora
 from tiltmeter.guards.safety import SafetySource
 from tiltmeter.guards.session import Session
 from tiltmeter.guards.trainee import Trainee
 from tiltmeter.lm.model import trainable
+
+#: Guards that settle what the trained model is after the last step.
+SETTLING = AverageWeights, CurvatureBudget, SafeLora
 
 #: Builds the safety source from the model as it is before training.
 Source = Callable[[Any], SafetySource]
@@ -31,12 +37,16 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
 
         Args:
             guard: the method.
-            source: the safety source, or what builds it from the model when training begins. To be able to resume,
-                give a source that was built from the aligned model: a checkpoint is not the anchor any more.
+            source: the safety source, or what builds it from the model when training begins; of a model that is
+                trained again, the anchor stays what it was at first. To be able to resume, give a source that was built
+                from the very model that is trained before its checkpoint is loaded: a checkpoint is not the anchor any
+                more.
             seed: for guards that draw examples.
         """
         self.guard = guard
-        self.source = source
+        self._build = source if callable(source) else None
+        self.source = None if callable(source) else source
+        self._watched: Any = None
         self.seed = seed
         self.session: Session | None = None
 
@@ -55,16 +65,17 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
         """
         if self.guard.strength == 0:
             return
-        _check_arguments(args)
+        _check_arguments(args, self.guard)
         model = given["model"]
         resumed = Path(args.output_dir) / f"checkpoint-{state.global_step}" if state.global_step else None
-        if callable(self.source):
+        if self._build is not None and (self.source is None or model is not self._watched):
             if resumed is not None:
                 raise InputError(
                     f"training resumes at step {state.global_step}, so this model is not the anchor any more: give "
                     "GuardCallback a safety source that was built from the aligned model, not a function"
                 )
-            self.source = self.source(model)
+            self.source, self._watched = self._build(model), model
+        assert self.source is not None
         steps = state.max_steps if state.max_steps > 0 else None
         trainee = Trainee(
             trainable(model, parts=True), given["optimizer"], self.source, state.global_step, self.seed, steps
@@ -98,7 +109,7 @@ class GuardCallback(TrainerCallback):  # type: ignore[misc]
             self.session.end()
 
 
-def _check_arguments(args: TrainingArguments) -> None:
+def _check_arguments(args: TrainingArguments, guard: Guard) -> None:
     """Refuse what would leave the model unprotected in silence."""
     if args.fp16 and not args.max_grad_norm:
         raise UnsupportedModel(
@@ -110,4 +121,10 @@ def _check_arguments(args: TrainingArguments) -> None:
             "a guard is built from the aligned model before a trainer divides it among processes, as DeepSpeed and "
             "TrainingArguments(fsdp=...) do. Use tiltmeter finetune under accelerate launch --use_fsdp "
             "--fsdp_version 2, which divides the model first, or train on one device or with plain data parallelism"
+        )
+    if args.load_best_model_at_end and isinstance(guard, SETTLING):
+        raise UnsupportedModel(
+            f"load_best_model_at_end would put back a checkpoint after {type(guard).__name__} has finished with the "
+            "last step's weights, and so undo what it did or never looked at: leave it out, or choose a guard that "
+            "acts on gradients alone (safegrad, replay, ewc, ...)"
         )

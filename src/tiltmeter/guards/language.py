@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
@@ -144,6 +144,11 @@ class LanguageSafety:
     def space(self) -> ParameterSpace:
         """The parameters that were trainable when this was built."""
         return self._score.space
+
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """Those that were trainable when this was built."""
+        return self._score.forward.parameters
 
     @property
     def scores(self) -> Objective:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tiltmeter.errors import InputError
 from tiltmeter.geometry.space import dot
-from tiltmeter.guards.alignment import targets_of
+from tiltmeter.guards.alignment import matrices_of, targets_of
 from tiltmeter.guards.contract import Memory, require_strength
 from tiltmeter.guards.trainee import Trainee
 
@@ -98,4 +98,6 @@ class SafeLora:
                     b.add_(onto_alignment(v, left) - left, alpha=self.strength)
                     replaced += 1
         why = f"{replaced} of {len(targets)} updates had a cosine of at most {self.threshold:g}"
+        if left_out := len(matrices_of(model.space)) - len(targets):
+            why += f"; {left_out} trained matrices are as they are: what alignment changed in them is not known"
         self.memory.note(model.step, "updates projected onto the alignment", why)

@@ -17,7 +17,8 @@ from tiltmeter.geometry.space import ParameterSpace
 class SafetySource(Protocol):
     """Safety as a guard sees it. All products are taken at the weights as they stand when they are asked for.
 
-    The examples of `scores`, `divergence` and `replay` are the guard's own; `heldout` is measured on others.
+    The examples of `scores`, `divergence` and `replay` are the guard's own; `heldout` is measured on others. A source
+    that watches a module's parameters has them by name as `parameters`, so that a copy of the model is told from it.
     """
 
     @property

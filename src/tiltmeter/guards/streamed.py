@@ -28,10 +28,13 @@ class Projected:
     Attributes:
         cosines: of every update with its projection, by weight name.
         replaced: those at or below the threshold.
+        left: matrices that the adapter holds whole (`modules_to_save`) and the models do not both have, such as an
+            output layer that was tied to the embeddings; they are copied as they are.
     """
 
     cosines: dict[str, float]
     replaced: tuple[str, ...]
+    left: tuple[str, ...] = ()
 
 
 class Weights:
@@ -70,7 +73,7 @@ class Weights:
 def safe_lora_adapter(
     adapter: Path, aligned: Path, base: Path, out: Path, *, threshold: float = 0.35, strength: float = 1.0
 ) -> Projected:
-    """Project a finished LoRA adapter onto what alignment changed.
+    """Project a finished LoRA adapter onto what alignment changed; also the matrices in it that were trained whole.
 
     Args:
         adapter: folder of a PEFT LoRA adapter that was trained on `aligned`.
@@ -104,9 +107,20 @@ def safe_lora_adapter(
             if cosines[weight] <= threshold:
                 new[name] = b.add(onto_alignment(v, b) - b, alpha=strength).to(new[name].dtype)
                 replaced.append(weight)
+        kept = {plain_name(name): name for name in own if ".lora_" not in name and own[name].ndim == 2}
+        left = tuple(weight for weight in kept if weight not in here or weight not in there)
+        for weight, name in kept.items():
+            if weight in left:
+                continue
+            v, update = _delta(weight, here, there), own[name].float() - here[weight].float()
+            cosines[weight] = similarity(v, update)
+            if cosines[weight] <= threshold:
+                moved = update.add(onto_alignment(v, update) - update, alpha=strength)
+                new[name] = (here[weight].float() + moved).to(own[name].dtype)
+                replaced.append(weight)
         shutil.copytree(adapter, out, ignore=shutil.ignore_patterns("*.safetensors", "*.bin", "*.pt", "checkpoint-*"))
         save_file({name: tensor.contiguous() for name, tensor in new.items()}, out / ADAPTER, {"format": "pt"})
-    return Projected(cosines, tuple(replaced))
+    return Projected(cosines, tuple(replaced), left)
 
 
 def lox_checkpoint(aligned: Path, base: Path, out: Path, *, strength: float = 1.0, rank: int = 6) -> tuple[str, ...]:

@@ -64,7 +64,7 @@ class ConstrainedTokens:
 
     Attributes:
         references: of the tuning examples, by `token_references`; not needed where `loss` is called directly.
-        strength: multiplies every beta; towards 0 the loss becomes cross-entropy, less a constant.
+        strength: multiplies every beta; towards 0 the loss becomes cross-entropy, less a constant; at 0 it is that.
     """
 
     references: References = field(default_factory=lambda: MappingProxyType({}), repr=False)
@@ -80,6 +80,8 @@ class ConstrainedTokens:
             reference: under the aligned model [T].
         """
         self.memory.numbers["calls"] = self.memory.numbers.get("calls", 0) + 1
+        if self.strength == 0:
+            return -log_probability.sum()
         beta = torch.full_like(log_probability, LATER)
         beta[:5] = EARLY
         beta[:1] = FIRST
@@ -89,10 +91,16 @@ class ConstrainedTokens:
     def trainer_loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
         """The loss in the form of transformers' `compute_loss_func`: mean over supervised tokens.
 
+        Of evaluation rows, which no gradient is taken of, it is the plain cross-entropy.
+
         Raises:
             DataError: a row is not one of those whose references are known.
         """
         picked = _picked(outputs.logits, labels)
+        supervised = labels[:, 1:] != UNSUPERVISED
+        count = supervised.sum() if num_items_in_batch is None else num_items_in_batch
+        if not picked.requires_grad:
+            return -picked[supervised].sum() / count
         total = picked.new_zeros(())
         for row in range(len(labels)):
             key = _key(labels[row])
@@ -101,8 +109,7 @@ class ConstrainedTokens:
                     "a training row has no reference log-probabilities: build the guard with token_references of the "
                     "same rows, tokenised as the trainer tokenises them"
                 )
-            total = total + self.loss(picked[row][labels[row, 1:] != UNSUPERVISED], self.references[key])
-        count = (labels[:, 1:] != UNSUPERVISED).sum() if num_items_in_batch is None else num_items_in_batch
+            total = total + self.loss(picked[row][supervised[row]], self.references[key])
         return total / count
 
     def start(self, model: Trainee) -> None:

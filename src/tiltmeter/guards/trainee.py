@@ -57,12 +57,22 @@ class Trainee:
         self.space = ParameterSpace.of({name: own_part(p) for name, p in self.parameters.items()})
         self.whole = ParameterSpace.of(self.parameters)
         self.safety.space.require_same(self.space)
+        self._require_watched()
         held = {id(p) for group in self.plain_optimizer.param_groups for p in group["params"]}
         missing = [name for name, p in self.parameters.items() if id(p) not in held]
         if missing:
             raise SpaceMismatch(
                 f"the optimiser does not hold {missing[0]} ({len(missing)} of {len(self.parameters)} trainable "
                 "parameters): make the optimiser from the parameters of this model, or freeze the others"
+            )
+
+    def _require_watched(self) -> None:
+        """Check that safety is measured on these very parameters: those of a copy never move."""
+        watched = getattr(self.safety, "parameters", None)
+        if watched is not None and any(watched[name] is not p for name, p in self.parameters.items()):
+            raise SpaceMismatch(
+                "the safety source was built from another model object than the one that is trained, and would never "
+                "see it move: build it from the very model that the trainer trains, before training"
             )
 
     @property
@@ -132,16 +142,18 @@ class Trainee:
                 p.grad = as_part(part.to(p.dtype).clone(), p)
 
     def preconditioner(self) -> Tensor | None:
-        """Diagonal D [n] of the optimiser's metric as it stands, up to scale; None for plain descent.
+        """Diagonal D [n] of the optimiser's metric as it stands, up to scale; None for plain descent at one rate.
 
-        Adam's is 1 / (sqrt(v) + epsilon), v its bias-corrected second moment, at most `LARGEST_METRIC` times the
-        median; all ones before its first step.
+        Adam's is 1 / (sqrt(v) + epsilon), v its bias-corrected second moment; all ones before its first step. Where
+        groups of parameters have learning rates of their own, each counts with its rate, and what has none does not
+        move. At most `LARGEST_METRIC` times the median of those that move.
 
         Raises:
             UnsupportedModel: the optimiser's metric is not known.
         """
-        optimizer = self.plain_optimizer
-        if isinstance(optimizer, torch.optim.SGD):
+        optimizer, rates = self.plain_optimizer, self._relative_rates()
+        plain = isinstance(optimizer, torch.optim.SGD)
+        if plain and set(rates.values()) == {1.0}:
             return None
         self.require_metric()
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
@@ -151,11 +163,21 @@ class Trainee:
         for name, part in self.space.split(d).items():  # in place: a large model has no room for two of these
             p = self.parameters[name]
             group, held = groups[id(p)], optimizer.state.get(p, {})
-            if "exp_avg_sq" in held:
+            if "exp_avg_sq" in held and not plain:
                 part.copy_(own_part(held["exp_avg_sq"])).div_(1 - group["betas"][1] ** float(held["step"]))
                 part.sqrt_().add_(group["eps"]).reciprocal_()
+            if rates[name] != 1:
+                part.mul_(rates[name])
         # the median of at most a million entries is enough for a scale
-        return d.div_(evenly_spread(self.parameters, d, 2**20).median()).clamp_(max=LARGEST_METRIC)
+        some = evenly_spread(self.parameters, d, 2**20)
+        return d.div_(some[some > 0].median()).clamp_(max=LARGEST_METRIC)
+
+    def _relative_rates(self) -> dict[str, float]:
+        """Learning rate of every parameter over the largest; all ones where there is none, as at a warm-up's start."""
+        groups = {id(p): group for group in self.plain_optimizer.param_groups for p in group["params"]}
+        rates = {name: float(groups[id(p)]["lr"]) for name, p in self.parameters.items()}
+        largest = max(rates.values())
+        return {name: rate / largest if largest > 0 else 1.0 for name, rate in rates.items()}
 
     def require_metric(self) -> None:
         """Check that the optimiser is one whose metric is known.
