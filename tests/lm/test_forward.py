@@ -48,3 +48,30 @@ def test_displacement_and_direction_are_split_by_name(make_llama: Any) -> None:
         assert still[name].data_ptr() == p.data_ptr()
     assert_close(forward.space.flatten(parts), v)
     assert forward.device == torch.device("cpu")
+
+
+@pytest.mark.parametrize("kind", ["frozen layers", "frozen embeddings", "whole head under LoRA", "LoRA"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_trained_weights_in_half_precision_may_meet_frozen_ones(make_llama: Any, kind: str, tied: bool) -> None:
+    """Trained ones are widened to float32; the others go with them, but where a LoRA casts by itself."""
+    model: Any = make_llama(tied=tied, vocab_size=40).to(torch.bfloat16)
+    if "LoRA" in kind:
+        from peft import LoraConfig, get_peft_model
+
+        saved = ["lm_head"] if kind.startswith("whole") else None
+        model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=saved)).eval()
+    else:
+        part = "layers.0." if kind == "frozen layers" else "embed"
+        for name, p in model.named_parameters():
+            p.requires_grad_(part not in name)
+    forward, batch = Forward(model, trainable(model)), collate(EXAMPLES, 2)
+    with torch.no_grad():
+        logits = forward.logits(forward.at(), batch)[0]
+        v = forward.random(0)
+        moved = forward.logits(forward.at(v, None), batch)[0]
+        whole = model.float()(torch.tensor([EXAMPLES[0].tokens])).logits[0]
+    assert logits.dtype == torch.float32
+    assert_close(
+        logits[0], whole[[0, 1, 3]], **({"rtol": 0.1, "atol": 0.1} if kind == "LoRA" else {"rtol": 1e-4, "atol": 1e-4})
+    )
+    assert float((moved - logits).abs().max()) > 1e-2

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tiltmeter.errors import OutOfMemory
-from tiltmeter.lm.conversation import Batch, Example
+from tiltmeter.lm.conversation import Batch, Example, batches
 from tiltmeter.lm.divergence import DivergenceObjective, divergence_objective
 from tiltmeter.lm.forward import Forward
 from tiltmeter.lm.memory import out_of_memory, within_memory
@@ -130,6 +130,20 @@ def test_every_product_is_the_same_in_less_memory(
     failures = full.failures
     assert_close(products(objective)[product](), expected, rtol=1e-6, atol=1e-9 * float(expected.abs().max()))
     assert full.failures == failures
+
+
+def test_what_the_anchor_said_is_cut_as_before(make_llama: Callable[..., Any]) -> None:
+    """A tracker keeps it in a run's folder, and cuts micro-batches of the usual size again."""
+    forward, examples = forward_of(make_llama), drawn()
+    members = [group for group, _ in batches(examples, 0, 72)]
+    whole = divergence_objective(forward, examples, 0, 72)
+    assert whole.anchor_of(members) is whole.log_probability
+    full = Full(forward, 30, torch.OutOfMemoryError("CUDA out of memory."), False)
+    cut = divergence_objective(forward, examples, 0, 72)
+    assert full.failures >= 1
+    assert len(cut.log_probability) > len(members)
+    for found, expected in zip(cut.anchor_of(members), whole.log_probability, strict=True):
+        assert_close(found, expected, rtol=1e-5, atol=1e-6)
 
 
 def inner(objective: Any) -> LanguageObjective:

@@ -83,3 +83,67 @@ def test_the_commutator_is_of_the_steps_own_rows(trained: tuple[Tracker, Reporte
 def test_nothing_is_left_on_the_model(trained: tuple[Tracker, Reporter, Any]) -> None:
     tracker, _, _ = trained
     assert not tracker.forward.model._forward_hooks
+
+
+@pytest.mark.parametrize("strategy", ["epoch", "best"])
+def test_a_checkpoint_that_is_decided_on_after_the_step_has_its_row(
+    aligned: Any, options: Any, tmp_path: Path, strategy: str
+) -> None:
+    model, tokenizer = aligned()
+    tracker = Tracker(model, tokenizer, rows("tiny-safety"), tmp_path / "track", options=options(every=16))
+    data = [
+        {"input_ids": list(e.tokens), "labels": list(e.labels)}
+        for e in encode(rows("tiny-copy")[:10], tokenizer, 64).examples
+    ]
+    better = {"eval_strategy": "steps", "eval_steps": 3, "metric_for_best_model": "loss"} if strategy == "best" else {}
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), num_train_epochs=3, per_device_train_batch_size=2, learning_rate=1e-3, use_cpu=True,
+        report_to="none", disable_tqdm=True, save_strategy=strategy, logging_steps=1, remove_unused_columns=False,
+        **better,
+    )  # fmt: skip
+    reporter = Reporter()
+    trainer = Trainer(model, arguments, Collator(tokenizer.pad_token_id), data, eval_dataset=data, callbacks=[reporter])
+    trainer.add_callback(TrackerCallback(tracker, trainer.log))
+    trainer.train()
+    saved = sorted(int(path.name.partition("-")[2]) for path in tmp_path.glob("checkpoint-*"))
+    seen = {row["step"]: row for row in tracker.rows}
+    assert len(saved) == {"epoch": 3, "best": len(saved)}[strategy] >= 2
+    assert set(saved) <= set(seen)
+    assert sorted(seen) == [row["step"] for row in tracker.rows]  # each step once
+    assert sorted(tracker._checkpoints) == saved
+    logged = {step: line for step, line in reporter.lines if "loss" in line}
+    for step in saved:
+        assert seen[step]["task_loss"] == pytest.approx(logged[step]["loss"], rel=1e-5)
+
+
+def test_a_run_that_was_broken_off_is_not_heard_twice(aligned: Any, options: Any, tmp_path: Path) -> None:
+    model, tokenizer = aligned()
+    tracker = Tracker(model, tokenizer, rows("tiny-safety"), tmp_path / "track", options=options(every=1))
+    data = [
+        {"input_ids": list(e.tokens), "labels": list(e.labels)}
+        for e in encode(rows("tiny-copy")[:8], tokenizer, 64).examples
+    ]
+
+    class Interrupt(TrainerCallback):
+        armed = True
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if self.armed and state.global_step == 1:
+                self.armed = False
+                raise KeyboardInterrupt
+
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, learning_rate=0.0, use_cpu=True,
+        report_to="none", disable_tqdm=True, save_strategy="no", logging_steps=1, remove_unused_columns=False,
+    )  # fmt: skip
+    reporter = Reporter()
+    trainer = Trainer(model, arguments, Collator(tokenizer.pad_token_id), data, callbacks=[reporter])
+    trainer.add_callback(TrackerCallback(tracker, trainer.log))
+    trainer.add_callback(Interrupt())
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    trainer.train()
+    logged = {step: line for step, line in reporter.lines if "loss" in line}
+    for row in tracker.rows[1:]:
+        assert row["task_loss"] == pytest.approx(logged[row["step"]]["loss"], rel=1e-5)
+    assert not [hook for hook in model._forward_hooks.values() if "_listen" in repr(hook)]

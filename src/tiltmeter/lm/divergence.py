@@ -109,6 +109,16 @@ class DivergenceObjective:
             log_probability=references,
         )
 
+    def anchor_of(self, members: Sequence[Sequence[int]]) -> tuple[Tensor, ...]:
+        """The anchor's log-probabilities [P, vocabulary] in micro-batches of these responses."""
+        if [list(each) for each in members] == [each.tolist() for each, _ in self.inner.chunks]:
+            return self.log_probability
+        blocks: dict[int, Tensor] = {}
+        for (numbers, batch), reference in zip(self.inner.chunks, self.log_probability, strict=True):
+            counts = _supervised(batch).sum(1).tolist()
+            blocks |= dict(zip(numbers.tolist(), torch.split(reference, counts), strict=True))
+        return tuple(torch.cat([blocks[number] for number in group]) for group in members)
+
     def halve(self) -> bool:
         """Split the largest micro-batches, for good; what the anchor said of them is split with them.
 

@@ -17,8 +17,12 @@ from tiltmeter.geometry.objective import Passes
 from tiltmeter.geometry.space import ParameterSpace, vectors_in_parts
 from tiltmeter.lm.conversation import Batch
 from tiltmeter.lm.gathered import gathering, own_part, standard_normal
+from tiltmeter.lm.model import inputs_as_they_are
 from tiltmeter.lm.sharding import is_divided, is_part
 from tiltmeter.lm.template import UNSUPERVISED
+
+#: Parts of the names of parameters that PEFT's LoRA layers cast their inputs for.
+LORA = ".lora_A.", ".lora_B.", ".lora_embedding_", ".lora_magnitude_vector."
 
 
 @dataclass(frozen=True)
@@ -95,6 +99,19 @@ class Forward:
         dtype = next(iter(self.at().values())).dtype
         return standard_normal(self.parameters, seed, dtype).to(self.device)
 
+    def _widened(self) -> dict[str, Tensor]:
+        """Frozen weights in half precision as float32 where trained ones, which are widened, would meet them.
+
+        A LoRA casts what goes into it and comes out of it itself, so there they stay as they are.
+
+        Cost: where that is so, a copy of the frozen weights in float32 as long as a micro-batch lasts.
+        """
+        meet = any(_is_half(p) and not any(part in name for part in LORA) for name, p in self.parameters.items())
+        if not meet or self.in_parts:
+            return {}
+        frozen = ((name, p) for name, p in self.model.named_parameters() if name not in self.parameters)
+        return {name: _full(p.detach()) for name, p in frozen if _is_half(p)}
+
     def logits(self, parameters: Mapping[str, Tensor], batch: Batch) -> tuple[Tensor, Tensor]:
         """Logits [b, t, vocabulary] and the labels [b, t] they predict, at the t positions any example supervises.
 
@@ -108,12 +125,13 @@ class Forward:
         narrow = "logits_to_keep" in inspect.signature(inner.forward).parameters
         if narrow:
             inputs["logits_to_keep"] = keep.to(self.device)
-        whole, parts = dict(parameters), dict[int, Tensor]()
+        whole, parts = {**self._widened(), **parameters}, dict[int, Tensor]()
         if self.in_parts:
             live = dict(self.model.named_parameters())  # what is trained, though the anchor is elsewhere
             whole, parts = {}, {id(live[name]): parameters[name] for name in self.parameters}
         back = torch.is_grad_enabled() and any(p.requires_grad for p in parameters.values())
-        with gathering(self.model, parts, back=back) if is_divided(self.model) else nullcontext():
+        together = gathering(self.model, parts, back=back) if is_divided(self.model) else nullcontext()
+        with together, inputs_as_they_are(self.model):
             out: Tensor = functional_call(self.model, whole, (), inputs, tie_weights=True).logits
         if not narrow:
             out = out[:, keep.to(self.device)]
@@ -159,6 +177,10 @@ def per_sequence(values: Tensor, supervised: Tensor) -> Tensor:
     counts = supervised.sum(1).clamp_min(1).to(values.dtype)
     total = values.new_zeros((supervised.shape[0], *values.shape[1:])).index_add(0, rows, values)
     return total / counts.view(-1, *[1] * (values.ndim - 1))
+
+
+def _is_half(p: Tensor) -> bool:
+    return p.dtype in (torch.float16, torch.bfloat16)
 
 
 def _full(tensor: Tensor) -> Tensor:

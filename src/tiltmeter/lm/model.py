@@ -118,6 +118,32 @@ def second_order() -> Iterator[None]:
 
 
 @contextmanager
+def inputs_as_they_are(model: nn.Module) -> Iterator[None]:
+    """Without the hooks by which transformers and PEFT have the embeddings' output require a gradient.
+
+    Gradient checkpointing needs them in training; inside a derivative of `torch.func` they are an error.
+    """
+    held = []
+    for module in model.modules():
+        if any(_asks_for_gradient(hook) for hook in module._forward_hooks.values()):
+            held.append((module._forward_hooks, module._forward_hooks.copy()))
+    try:
+        for hooks, every in held:
+            for number, hook in every.items():
+                if _asks_for_gradient(hook):
+                    del hooks[number]
+        yield
+    finally:
+        for hooks, every in held:  # in their order, which a hook that is put back alone would lose
+            hooks.clear()
+            hooks.update(every)
+
+
+def _asks_for_gradient(hook: object) -> bool:
+    return getattr(hook, "__name__", "").startswith("make_inputs_require_grad")
+
+
+@contextmanager
 def undisturbed(model: nn.Module) -> Iterator[None]:
     """Work on a model in eval mode and leave no trace, not even if the work fails.
 

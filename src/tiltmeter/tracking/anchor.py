@@ -145,7 +145,9 @@ def measure_anchor(loaded: Loaded, rows: Sequence[Mapping[str, Any]], options: T
     )
     forward = Forward(loaded.model, trainable(loaded.model, parts=True))
     pad = loaded.tokenizer.pad_token_id
-    reference = divergence_objective(forward, safety.responses, pad, options.max_tokens).log_probability
+    measured = divergence_objective(forward, safety.responses, pad, options.max_tokens)
+    # in the micro-batches that a run which is resumed will cut again, though memory may have made them smaller here
+    reference = measured.anchor_of([members for members, _ in batches(safety.responses, pad, options.max_tokens)])
     values, coefficients, columns, reason = measure_subspace(forward, safety.responses, pad, options)
     held = forward.whole.size <= HELD
     weights = {name: own_part(p).clone() for name, p in forward.parameters.items()} if held else {}

@@ -45,6 +45,8 @@ class Listener(TrainerCallback):  # type: ignore[misc]  # transformers has no ty
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Begin to listen to the model's losses."""
+        if self._hook is not None:  # a run before was broken off
+            self._hook.remove()
         self._hook = kwargs["model"].register_forward_hook(self._listen, with_kwargs=True)
         self._forget()
 
@@ -126,6 +128,8 @@ class TrackerCallback(Listener):
         self.tracker = tracker
         self._log, self._stop = log, stop
         self._rate = 0.0
+        self._loss: float | None = None
+        self._measured: int | None = None
         self._keep_batches = bool(tracker.options.commutator_every)
 
     def on_train_begin(
@@ -133,6 +137,7 @@ class TrackerCallback(Listener):
     ) -> None:
         """Go on from the trainer's step, and begin to listen to the model's losses."""
         self.tracker.resume(int(state.global_step))
+        self._measured = int(state.global_step)
         for path in Path(args.output_dir).glob("checkpoint-*"):
             number = path.name.partition("-")[2]
             if number.isdigit() and int(number) <= state.global_step:
@@ -150,23 +155,28 @@ class TrackerCallback(Listener):
     ) -> TrainerControl:
         """Measure when it is due, and whenever a checkpoint will be saved, so that each has its row."""
         step = int(state.global_step)
-        loss, tokens = self._heard() if processes() > 1 else (None, self._tokens)
+        self._loss, tokens = self._heard() if processes() > 1 else (None, self._tokens)
         self.tracker.observe(step, self._rate, tokens)
         final = control.should_training_stop or step >= state.max_steps
-        if not (self.tracker.schedule.due(step) or control.should_save or final):
-            return control
-        if processes() == 1:  # reading the loss waits for the device, so only where it is needed
-            loss = self._heard()[0]
-        row = self.tracker.measure(step, task_loss=loss, final=final, batches=self._batches)
-        self._report(row, control)
-        if self._stop and self.tracker.breach is not None:
-            control.should_training_stop = True
+        if self.tracker.schedule.due(step) or control.should_save or final:
+            self._measure(step, control, final=final)
         return control
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Take note of the checkpoint."""
+        """Take note of the checkpoint; one that was decided on after the step (each epoch, the best) is measured."""
         step = int(state.global_step)
+        if step and self._measured != step:
+            self._measure(step, control, final=False)
         self.tracker.checkpoint(step, Path(args.output_dir) / f"checkpoint-{step}")
+
+    def _measure(self, step: int, control: TrainerControl, *, final: bool) -> None:
+        if processes() == 1:  # reading the loss waits for the device, so only where it is needed
+            self._loss = self._heard()[0]
+        row = self.tracker.measure(step, task_loss=self._loss, final=final, batches=self._batches)
+        self._measured = step
+        self._report(row, control)
+        if self._stop and self.tracker.breach is not None:
+            control.should_training_stop = True
 
     def _report(self, row: Row, control: TrainerControl) -> None:
         if self._log is None:
