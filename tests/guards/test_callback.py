@@ -152,6 +152,24 @@ def test_a_resumed_run_ends_where_the_whole_one_does(make_llama, tokenizer, tmp_
         run(tmp_path / "whole", str(tmp_path / "whole" / "checkpoint-3"), [CurvatureBudget(**settings)])
 
 
+def test_a_run_is_not_resumed_with_other_prompts(make_llama, tokenizer, tmp_path):
+    """Also where they are of those that are only held out, which the anchor's own fingerprint does not cover."""
+    anchor = make_llama(vocab_size=len(tokenizer))
+
+    def run(rows, resume=None):
+        model = copy.deepcopy(anchor)
+        safety = LanguageSafety(model, examples(rows, tokenizer), tokenizer.pad_token_id)
+        callbacks = [GuardCallback(CurvatureBudget(budget_kl=1e-3, rank=3, refresh=2), safety)]
+        trainer_for(model, tokenizer, tmp_path, callbacks, save_strategy="steps", save_steps=3).train(
+            resume_from_checkpoint=resume
+        )
+
+    run(SAFETY)
+    other = [*SAFETY[:5], {"prompt": "Where is the key?", "completion": "I'm sorry, but I can't help."}]
+    with pytest.raises(InputError, match="other safety prompts"):
+        run(other, str(tmp_path / "checkpoint-3"))
+
+
 def test_a_source_that_would_take_the_checkpoint_for_the_anchor_is_refused(make_llama, tokenizer, tmp_path):
     model = make_llama(vocab_size=len(tokenizer))
     built = GuardCallback(Replay(), lambda m: source(m, tokenizer))

@@ -22,8 +22,10 @@ from tiltmeter.lm.gram import combine, gram
 from tiltmeter.lm.model import trainable, undisturbed
 from tiltmeter.lm.objective import likelihood_objective
 from tiltmeter.lm.processes import agreed
+from tiltmeter.lm.rows import digest_of
 from tiltmeter.lm.safety import spread
 from tiltmeter.lm.scores import score_loss
+from tiltmeter.lm.template import UNSUPERVISED
 
 #: Of this many safety examples one is held out.
 HELD_OUT_EVERY = 3
@@ -127,6 +129,8 @@ class LanguageSafety:
         held = [example for i, example in enumerate(examples) if i % HELD_OUT_EVERY == HELD_OUT_EVERY - 1]
         own = [example for i, example in enumerate(examples) if i % HELD_OUT_EVERY != HELD_OUT_EVERY - 1]
         self.model, self.opening = model, opening
+        parts = (("own", own), ("held", held))
+        self.prompts = digest_of([{"of": part, "tokens": _prompt_of(each)} for part, some in parts for each in some])
         with undisturbed(model):
             forward = Forward(model, trainable(model, parts=True))
             self.passes = forward.passes
@@ -205,3 +209,7 @@ class LanguageSafety:
     def fingerprint(self) -> float:
         """Sum of the scores' losses at the anchor, nats."""
         return float(self._at_anchor.sum())
+
+
+def _prompt_of(example: Example) -> list[int]:
+    return [token for token, label in zip(example.tokens, example.labels, strict=True) if label == UNSUPERVISED]

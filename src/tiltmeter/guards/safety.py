@@ -18,7 +18,8 @@ class SafetySource(Protocol):
     """Safety as a guard sees it. All products are taken at the weights as they stand when they are asked for.
 
     The examples of `scores`, `divergence` and `replay` are the guard's own; `heldout` is measured on others. A source
-    that watches a module's parameters has them by name as `parameters`, so that a copy of the model is told from it.
+    that watches a module's parameters has them by name as `parameters`, so that a copy of the model is told from it;
+    one that is made of prompts may have a digest of them as `prompts`.
     """
 
     @property

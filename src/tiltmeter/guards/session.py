@@ -157,6 +157,7 @@ class Session:
             "anchor": self.model.safety.fingerprint(),
             "opening": self.model.safety.opening,
             "scored": self.model.safety.scores.m,
+            "prompts": getattr(self.model.safety, "prompts", None),
             **self.guard.memory.state()[1],
         }
         (folder / REST).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
@@ -192,6 +193,12 @@ class Session:
             raise InputError(
                 f"the guard saved in {folder} took its directions from {held} safety examples, this one from {scored}; "
                 "resume with the same safety prompts and guard, or train afresh"
+            )
+        prompts = getattr(self.model.safety, "prompts", None)
+        if about.get("prompts") not in (None, prompts):  # older states name none
+            raise InputError(
+                f"the guard saved in {folder} was given other safety prompts, or held others out: what it has measured "
+                "so far would not be of these; resume with the same ones in the same order, or train afresh"
             )
         now = self.model.safety.fingerprint()
         if abs(about["anchor"] - now) > SAME_ANCHOR * abs(now):
