@@ -391,6 +391,7 @@ def audit(
     compliance_opening: Annotated[str | None, typer.Option(help="How a compliant answer begins.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16, float64 or auto.")] = "float32",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps.")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option(help="Run code that a hub model brings along.")] = False,
     seed: Annotated[int, typer.Option(help="Seed of the bootstrap.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print the record on stdout and nothing else.")] = False,
 ) -> None:
@@ -418,6 +419,7 @@ def audit(
         "compliance_opening": compliance_opening,
         "dtype": dtype,
         "device": device,
+        "trust_remote_code": trust_remote_code,
     }
     with progress_bar() as ticker, results_only():
         result = commands.audit(base, tuned, given, options, commands.judge_of("rules"), out, ticker)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
+from remote import bring_code
 
 from tiltmeter import store
 from tiltmeter.errors import InputError, ModelError, UnsupportedModel
@@ -240,6 +242,20 @@ def test_an_adapter_is_audited_on_the_base_that_is_given(tmp_path, made, make_ll
         assert ours == pytest.approx(theirs, rel=1e-3), path
     assert adapter["weights"]["top_share"]["value"] == pytest.approx(1.0)
     assert adapter["weights"]["tensors"] == 2
+
+
+def test_a_model_with_code_of_its_own_is_audited_when_that_is_trusted(tmp_path, made, monkeypatch):
+    made(0.3)
+    plain = run(tmp_path).record
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    bring_code(tmp_path / "base")
+    bring_code(tmp_path / "tuned")
+    with pytest.raises(ModelError, match="--trust-remote-code"):
+        run(tmp_path)
+    own = run(tmp_path, trust_remote_code=True).record
+    assert own["measurements"]["safety_kl"] == plain["measurements"]["safety_kl"]
+    assert own["weights"]["length"] == plain["weights"]["length"]
 
 
 def test_the_lox_ratio_needs_the_model_before_its_alignment(tmp_path, made, make_llama):

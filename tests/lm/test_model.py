@@ -13,6 +13,7 @@ import psutil
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from remote import bring_code
 from safetensors.torch import load_file, save_file
 from torch.func import functional_call, jvp
 from transformers import (
@@ -93,6 +94,21 @@ def test_dtype_is_what_was_asked_for(folder, llama, tmp_path):
     exactly(full.model.lm_head.weight.data, llama.lm_head.weight.data.bfloat16().float())
     with pytest.raises(ModelError, match=r"unknown dtype 'int4'; expected one of auto, float32"):
         load(folder, dtype="int4")
+
+
+def test_code_that_a_model_brings_runs_only_when_asked(folder, llama, tmp_path, monkeypatch):
+    cache = tmp_path / "modules"
+    for module in ("transformers.dynamic_module_utils", "transformers.utils.hub"):
+        monkeypatch.setattr(f"{module}.HF_MODULES_CACHE", str(cache), raising=False)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    bring_code(folder)
+    with pytest.raises(ModelError, match="trust_remote_code"):
+        load(folder, device="cpu")
+    assert not list(cache.rglob("has_run"))
+    loaded = load(folder, device="cpu", trust_remote_code=True)
+    assert type(loaded.model).__name__ == "OwnModel"
+    same_parameters(loaded.model, llama)
+    assert list(cache.rglob("has_run"))
 
 
 @pytest.mark.parametrize("device", ["nonsense", "cuda:99", "meta:x"])

@@ -96,6 +96,7 @@ def audit(
     compliance_opening: str | None = None,
     dtype: str = "float32",
     device: str = "auto",
+    trust_remote_code: bool = False,
     report: Report = silent,
 ) -> Audit:
     """Compare a base with its fine-tune.
@@ -112,6 +113,7 @@ def audit(
         compliance_opening: how a compliant answer begins.
         dtype: of the weights in the forward part.
         device: "auto", "cpu", "cuda", ...
+        trust_remote_code: run code that a hub model brings along; the weight part runs none in any case.
         report: told of every stage.
 
     Returns: the audit; nothing is written, and no prompt or answer is in it.
@@ -138,7 +140,7 @@ def audit(
     aligned = None if unaligned is None else pair_of(checkpoint_of(unaligned), before)
     changes = measure_weights(pair, aligned, options.top, options.threshold, report)
     report("loading the base")
-    opened = open_model(base, dtype=dtype, device=device)
+    opened = open_model(base, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
     opened = replace(
         opened,
         refusal_opening=refusal_opening or opened.refusal_opening,

@@ -29,6 +29,11 @@ PICKLED = (
 
 def cannot(what: str, error: Exception) -> ModelError:
     """One line about something that could not be loaded, with the cause."""
+    if "contains custom code" in str(error):
+        return ModelError(
+            f"{what} needs code that comes along with it, which is not run unless asked for: read it, and if you trust "
+            "its source give --trust-remote-code (trust_remote_code=True)"
+        )
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return ModelError(f"cannot load {what}: {type(error).__name__}: {lines[0][:300] if lines else 'no message'}")
 
